@@ -1,0 +1,1 @@
+"""bitwright: LLM compression with proof."""
