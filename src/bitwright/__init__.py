@@ -1,1 +1,25 @@
-"""bitwright: LLM compression with proof."""
+"""bitwright: LLM compression with proof. `bitwright.quantize(...)` and its siblings mirror the command line."""
+
+from typing import TYPE_CHECKING, Any
+
+from bitwright.errors import BitwrightError
+
+if TYPE_CHECKING:
+    from bitwright.pipeline import QuantizeResult, evaluate, export, inspect, quantize, report
+    from bitwright.recipe import Recipe, Scheme, load_recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "BitwrightError", "QuantizeResult", "Recipe", "Scheme", "__version__", "evaluate", "export", "inspect", "load_recipe",
+    "quantize", "report",
+]  # fmt: skip
+_FROM_RECIPE = {"Recipe", "Scheme", "load_recipe"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when something that needs them is used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'bitwright' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module("bitwright.recipe" if name in _FROM_RECIPE else "bitwright.pipeline"), name)

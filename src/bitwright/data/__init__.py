@@ -1,0 +1,1 @@
+"""Text: where it comes from, how it becomes windows of tokens, and the guard that keeps evaluation text unseen."""

@@ -1,0 +1,1 @@
+"""Numbers: formats, granularity, grids, range setting, packing, and the theory of their error. Torch only."""

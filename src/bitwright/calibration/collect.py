@@ -1,0 +1,106 @@
+"""What the weight methods know of a site's inputs: second moments and Hessians, gathered while a block runs.
+
+Shapes: T tokens, I in features.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.model.sites import Site, SiteCalls
+from bitwright.numerics.linalg import accumulate_gram
+
+HESSIAN, MEAN_SQUARE = "hessian", "mean_square"
+
+
+@dataclass(slots=True)
+class SiteStats:
+    """Statistics of the inputs of the sites that share them.
+
+    Attributes:
+        num_tokens: T, the tokens that reached the sites.
+        gram: Σ x xᵀ, [I, I] float64 where the device has it; None unless a method needs Hessians.
+        square_sum: Σ x², [I] float64.
+    """
+
+    num_tokens: int = 0
+    gram: Tensor | None = None
+    square_sum: Tensor | None = None
+
+    @property
+    def mean_square(self) -> Tensor | None:
+        """E[x_i²] per input column, [I] float32: the importance of the column. None where no token was seen."""
+        if self.square_sum is None or self.num_tokens == 0:
+            return None
+        return (self.square_sum / self.num_tokens).float()
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """(2/T) Σ x xᵀ, [I, I]. None where it was not collected or no token was seen."""
+        if self.gram is None or self.num_tokens == 0:
+            return None
+        return self.gram * (2.0 / self.num_tokens)
+
+    def add(self, x: Tensor, *, with_gram: bool) -> None:
+        """Add the inputs x [..., I] of one call."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if self.square_sum is None:
+            exact = torch.float32 if rows.device.type == "mps" else torch.float64
+            width = rows.shape[1]
+            self.square_sum = torch.zeros(width, dtype=exact, device=rows.device)
+            self.gram = torch.zeros(width, width, dtype=exact, device=rows.device) if with_gram else None
+        self.num_tokens += rows.shape[0]
+        if self.gram is not None:
+            accumulate_gram(self.gram, rows)
+            self.square_sum.copy_(self.gram.diagonal())
+        else:
+            self.square_sum += rows.square().sum(0, dtype=self.square_sum.dtype)
+
+
+class _AllSeen(Exception):  # noqa: N818 - control flow, not an error
+    """Raised inside the forward once every wanted site has been called: the rest of the block need not run."""
+
+
+def collect(
+    block: nn.Module,
+    sites: list[Site],
+    groups: Iterable[tuple[str, ...]],
+    run_batches: Callable[[], Iterable[Callable[[], object]]],
+    *,
+    with_gram: bool,
+) -> dict[str, SiteStats]:
+    """Run a block over the calibration set and return statistics per site; sites of one group share one object.
+
+    Args:
+        block: the decoder block whose weights are in memory.
+        sites: all sites of the block.
+        groups: names of the wanted sites; those of one group read the same input.
+        run_batches: yields one callable per batch, each of which runs the block once.
+        with_gram: also accumulate Σ x xᵀ.
+    """
+    stats: dict[str, SiteStats] = {}
+    leaders: set[str] = set()
+    for group in groups:
+        shared = SiteStats()
+        leaders.add(group[0])
+        stats.update(dict.fromkeys(group, shared))
+    may_stop_early = all(site.kind != "expert" for site in sites if site.name in stats)
+    waiting: set[str] = set()
+
+    def on_call(site: Site, x: Tensor) -> None:
+        if site.name in leaders:
+            stats[site.name].add(x, with_gram=with_gram)
+        waiting.discard(site.name)
+        if may_stop_early and not waiting:
+            raise _AllSeen
+
+    for run in run_batches():
+        waiting.update(leaders)
+        with SiteCalls(block, sites, on_call):
+            try:
+                run()
+            except _AllSeen:
+                continue
+    return stats

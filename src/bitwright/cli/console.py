@@ -1,0 +1,44 @@
+"""How the command line talks: progress with time left on stderr, results on stdout, errors in one line."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class ProgressBars:
+    """One bar with time left per step. Call it with (what, done, total)."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._progress = Progress(
+            TextColumn("{task.description:>10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._showing = False
+
+    def __enter__(self) -> "ProgressBars":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._showing:
+            self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Report that `done` of `total` parts of a step are finished."""
+        if self._quiet:
+            return
+        if not self._showing:
+            self._progress.start()
+            self._showing = True
+        task = self._tasks.get(what)
+        if task is None:
+            task = self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(task, completed=done, total=total, visible=done < total)

@@ -1,0 +1,102 @@
+"""Evaluate models of any size, one decoder block in memory at a time.
+
+Shapes: N windows, T tokens, D hidden size.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from bitwright.evaluate.score import Score, Scorer
+from bitwright.model.activations import Activations
+from bitwright.model.stream import StreamedModel
+
+TOKENS_PER_BATCH = 4096
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+def batch_slices(num_windows: int, seqlen: int) -> list[tuple[int, int]]:
+    """Cut N windows into batches of about TOKENS_PER_BATCH tokens: (start, end) pairs."""
+    size = max(1, TOKENS_PER_BATCH // seqlen)
+    return [(start, min(start + size, num_windows)) for start in range(0, num_windows, size)]
+
+
+def enter_all(model: StreamedModel, windows: Tensor, path: Path) -> Activations:
+    """Embed all windows [N, T] and return the hidden states that enter the first block, stored in `path`."""
+    num_windows, seqlen = windows.shape
+    store: Activations | None = None
+    with model.outside():
+        for start, end in batch_slices(num_windows, seqlen):
+            hidden = model.enter(windows[start:end])
+            if store is None:
+                store = Activations(path, (num_windows, seqlen, hidden.shape[-1]), model.dtype)
+            store.write(start, hidden)
+    assert store is not None
+    return store
+
+
+def final_hidden(model: StreamedModel, windows: Tensor, path: Path, progress: Progress, label: str) -> Activations:
+    """Return the hidden states [N, T, D] that leave the last block, stored in `path`."""
+    store = enter_all(model, windows, path)
+    for index in range(model.num_blocks):
+        with model.block(index) as block:
+            for start, end in batch_slices(*windows.shape):
+                store.write(start, model.run_block(block, index, store.read(start, end, model.device)))
+        progress(label, index + 1, model.num_blocks)
+    return store
+
+
+def evaluate(
+    model: StreamedModel, windows: Tensor, work: Path, progress: Progress, *, reference: StreamedModel | None = None
+) -> Score:
+    """Score a model on windows [N, T], against a reference model if one is given. `work` is a folder for hidden states."""
+    hidden = final_hidden(model, windows, work / "hidden-model.bin", progress, "evaluate")
+    if reference is None:
+        score = compare_heads(model, hidden, windows, None, None)
+    else:
+        expected = final_hidden(reference, windows, work / "hidden-reference.bin", progress, "reference")
+        score = compare_heads(model, hidden, windows, reference, expected)
+        expected.delete()
+    hidden.delete()
+    return score
+
+
+def compare_heads(
+    model: StreamedModel,
+    hidden: Activations,
+    windows: Tensor,
+    reference: StreamedModel | None,
+    expected: Activations | None,
+    *,
+    offset: int = 0,
+) -> Score:
+    """Turn the last hidden states into a score; `offset` is where the windows start in `hidden`."""
+    scorer = Scorer()
+    with model.outside():
+        if reference is None or reference is model:
+            _score_windows(scorer, model, hidden, windows, reference, expected, offset)
+        else:
+            with reference.outside():
+                _score_windows(scorer, model, hidden, windows, reference, expected, offset)
+    return scorer.result()
+
+
+def _score_windows(
+    scorer: Scorer,
+    model: StreamedModel,
+    hidden: Activations,
+    windows: Tensor,
+    reference: StreamedModel | None,
+    expected: Activations | None,
+    offset: int,
+) -> None:
+    for index in range(windows.shape[0]):
+        ids = windows[index : index + 1]
+        logits = model.leave(ids, hidden.read(offset + index, offset + index + 1, model.device))
+        other = None
+        if reference is not None and expected is not None:
+            other = reference.leave(ids, expected.read(index, index + 1, reference.device))[0].to(logits.device)
+        scorer.add(ids[0], logits[0], other)

@@ -1,0 +1,141 @@
+"""Write a quantized model as a Hugging Face directory in the compressed-tensors `pack-quantized` layout.
+
+The directory is written shard by shard, one per decoder block and one for the rest, each under a temporary name first, so that
+a run that dies leaves whole shards or none. Tensors that are not quantized are copied as the original stores them.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bitwright.errors import ShapeError
+from bitwright.model import packed
+from bitwright.model.checkpoint import WEIGHT_INDEX, Checkpoint
+from bitwright.model.sites import Site
+from bitwright.model.skeleton import Skeleton
+from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.qtensor import QTensor
+from bitwright.recipe import SitePlan
+from bitwright.records import write_json_atomic
+
+NOT_COPIED = ("config.json", WEIGHT_INDEX, "README.md", "quantize_config.json")
+COPIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+def check_site(site: Site, plan: SitePlan) -> None:
+    """Refuse a site that the layout cannot hold, before any work.
+
+    Raises:
+        ShapeError: transposed weights (GPT-2's Conv1D).
+    """
+    if plan.scheme is not None and site.transposed:
+        raise ShapeError(
+            f"{site.name}: stored as [in, out] (Conv1D), which compressed-tensors cannot hold. "
+            "Ignore it, or convert the model to Linear weights first."
+        )
+
+
+class ModelWriter:
+    """Writes the shards of one quantized model into a directory."""
+
+    def __init__(self, skeleton: Skeleton, directory: Path, num_shards: int) -> None:
+        self.skeleton, self.directory, self.num_shards = skeleton, directory, num_shards
+        self.checkpoint: Checkpoint = skeleton.checkpoint
+
+    def shard_path(self, index: int) -> Path:
+        return self.directory / f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
+
+    def write_shard(self, index: int, stored_names: Iterable[str], quantized: dict[Site, QTensor]) -> dict[str, Tensor]:
+        """Write the tensors called `stored_names`, the quantized ones packed; return what was written."""
+        tensors: dict[str, Tensor] = {}
+        for site, result in quantized.items():
+            for name, rows in self.pieces(site, result):
+                tensors.update(packed.encode(name, rows))
+        replaced = {name.removesuffix("_packed") for name in tensors if name.endswith("_packed")}
+        tensors.update(self.checkpoint.read([name for name in stored_names if name not in replaced]))
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        path = self.shard_path(index)
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        return tensors
+
+    def pieces(self, site: Site, result: QTensor) -> list[tuple[str, QTensor]]:
+        """Cut a site's result into the tensors that the checkpoint stores (experts' gate and up are separate there)."""
+        pieces = self.skeleton.stored_pieces(site.parameter)
+        wanted = [piece for piece in pieces if piece[1] == site.index]
+        return [(name, result.rows(first, end)) for name, _, first, end in wanted]
+
+    def finish(self, sites: Iterable[Site], plan: dict[str, SitePlan]) -> None:
+        """Write index, configuration and the small files (tokenizer, generation config) that make the directory complete."""
+        weight_map: dict[str, str] = {}
+        total = 0
+        for index in range(self.num_shards):
+            shard = self.shard_path(index)
+            for name, num_bytes in tensor_sizes(shard).items():
+                weight_map[name] = shard.name
+                total += num_bytes
+        write_json_atomic(
+            self.directory / WEIGHT_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        )
+        config = dict(self.checkpoint.config)
+        config["quantization_config"] = self.quantization_config(sites, plan)
+        write_json_atomic(self.directory / "config.json", config)
+        for file in sorted(self.checkpoint.path.iterdir()):
+            if file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED and file.is_file():
+                shutil.copyfile(file, self.directory / file.name)
+
+    def quantization_config(self, sites: Iterable[Site], plan: dict[str, SitePlan]) -> dict[str, Any]:
+        """One config group per distinct scheme; a single scheme targets `Linear` and lists what it leaves alone."""
+        modules: dict[tuple[int, bool, Granularity], list[str]] = {}
+        for site in sites:
+            entry = plan[site.name]
+            if entry.scheme is None:
+                continue
+            assert entry.granularity is not None
+            key = (entry.scheme.weight_format.bits, entry.scheme.weight_format.symmetric, entry.granularity)
+            names = [piece[0] for piece in self.skeleton.stored_pieces(site.parameter) if piece[1] == site.index]
+            modules.setdefault(key, []).extend(name.removesuffix(".weight") for name in names)
+        quantized = {name for names in modules.values() for name in names}
+        if len(modules) == 1:
+            ((bits, symmetric, granularity),) = modules
+            groups = [packed.config_group(bits, symmetric, granularity, ["Linear"])]
+        else:
+            groups = [packed.config_group(*key, names) for key, names in modules.items()]
+        return packed.quantization_config(groups, sorted(self._linears() - quantized))
+
+    def _linears(self) -> set[str]:
+        """Names, as stored, of all Linear modules of the model."""
+        names = {name for name, module in self.skeleton.model.named_modules() if isinstance(module, nn.Linear)}
+        stored = {source: name for name, sources in self.skeleton.sources.items() for source in sources}
+        direct = {source.removesuffix(".weight") for source, name in stored.items() if name.removesuffix(".weight") in names}
+        tied = {name for name in names if f"{name}.weight" in self.skeleton.tied_names()}
+        return direct | tied
+
+
+def tensor_sizes(shard: Path) -> dict[str, int]:
+    """Names and sizes in bytes of one shard's tensors, from its header."""
+    with shard.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+    return {
+        name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+    }
+
+
+def reread_equals(shard: Path, written: dict[str, Tensor]) -> list[str]:
+    """Read a shard back from disk and return the names of tensors that differ from what was written."""
+    from safetensors.torch import load_file
+
+    found = load_file(shard)
+    different = [name for name, tensor in written.items() if name not in found or not torch.equal(found[name], tensor)]
+    return different + [name for name in found if name not in written]

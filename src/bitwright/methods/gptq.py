@@ -1,0 +1,121 @@
+"""GPTQ: round columns in turn and let the columns not yet rounded make up for each error.
+
+Rounding column j by an error e changes the layer's output by e·x_j. Inputs are correlated, so later columns can cancel most of it:
+the optimal update of the remaining weights is -e/U_jj · U_j,j: with U the upper Cholesky factor of the inverse Hessian. Columns are
+worked through in blocks; updates inside a block are immediate, updates to later columns are one matrix product per block. That is
+a matter of speed only: the result does not depend on the block size.
+
+Two ways of treating the scales of groups of columns exist. With `act_order` the columns are visited by descending Hessian diagonal
+(the most active inputs are rounded first, while everything can still compensate), and all grids are fixed beforehand, so that the
+checkpoint needs no permutation. Without it columns are visited in storage order and a group's grid may be refitted, when the
+sweep reaches it, to the weights as the updates have left them.
+
+Shapes: O out features, I in features, G groups.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitwright.numerics.grid import Grid
+from bitwright.numerics.linalg import damped_inverse_cholesky, dead_columns
+from bitwright.numerics.qtensor import QTensor
+
+Refit = Callable[[Tensor, int, int], Grid]
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    act_order: bool = True,
+    refit: Refit | None = None,
+) -> QTensor:
+    """Round columns in turn, pushing each error onto the columns not yet rounded.
+
+    Minimises tr(E H E^T), E = weight - result, greedily in column order.
+
+    Args:
+        weight: [O, I] float32 or float64; not modified.
+        hessian: [I, I], (2/T) X^T X over T tokens; symmetric PSD; activation units squared.
+        grid: scales and zero points; fixed unless `refit` is given.
+        damp: fraction of mean(diag H) added to the diagonal; > 0; raised in steps while no factor exists.
+        block: columns per lazy update. Changes speed, never the result.
+        act_order: visit columns by descending diag H.
+        refit: (current weights of the group [O, g], first column, end column) -> grid of that group; only without act_order.
+    Raises:
+        SingularHessian: no Cholesky factor even with the largest damping.
+    Reference:
+        arXiv:2210.17323, Alg. 1. Differs: group scales see in-block updates; act-order keeps static groups (no g_idx).
+    """
+    if act_order and refit is not None:
+        raise ValueError("act_order visits columns out of order, so groups cannot be refitted on the way")
+    num_rows, num_columns = weight.shape
+    dead = dead_columns(hessian)
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(num_columns)
+    columns = order.tolist()
+    ordered = hessian[order][:, order].clone()
+    ordered.diagonal()[dead[order]] = 1.0
+    factor = damped_inverse_cholesky(ordered, damp).to(weight.dtype)
+
+    work = weight.clone()
+    work[:, dead] = 0.0
+    work = work[:, order].T.contiguous()  # [I, O]: a column of the weight is contiguous
+    sweep = _Sweep(grid, num_rows, refit)
+    for start in range(0, num_columns, block):
+        end = min(start + block, num_columns)
+        local, errors = work[start:end], torch.zeros_like(work[start:end])
+        for j in range(end - start):
+            if sweep.starts_group(columns[start + j]):
+                sweep.refit_group(start + j, work, errors[:j], factor[start : start + j], end)
+            value = sweep.round(local[j], columns[start + j])
+            error = (local[j] - value) / factor[start + j, start + j]
+            local[j + 1 :].addr_(factor[start + j, start + j + 1 : end], error, alpha=-1.0)
+            errors[j] = error
+        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1.0)
+    return sweep.result(num_columns)
+
+
+class _Sweep:
+    """The codes chosen so far and the grid they refer to."""
+
+    def __init__(self, grid: Grid, num_rows: int, refit: Refit | None) -> None:
+        self.grid = grid if refit is None else _own_copy(grid)
+        self.refit = refit
+        self.group_size = grid.granularity.columns_per_group(grid.in_features)
+        self.codes = torch.empty(grid.in_features, num_rows, dtype=grid.format.code_dtype, device=grid.scale.device)
+
+    def starts_group(self, column: int) -> bool:
+        return self.refit is not None and column % self.group_size == 0
+
+    def refit_group(self, first: int, work: Tensor, errors: Tensor, factor: Tensor, block_end: int) -> None:
+        """Fit the group's grid to its weights with every update applied, also those still pending beyond the block's end."""
+        assert self.refit is not None
+        end = min(first + self.group_size, self.grid.in_features)
+        current = work[first:end].clone()
+        if end > block_end:
+            current[block_end - first :] -= factor[:, block_end:end].T @ errors
+        fitted = self.refit(current.T, first, end)
+        group = first // self.group_size
+        self.grid.scale[:, group] = fitted.scale[:, 0]
+        if self.grid.zero_point is not None and fitted.zero_point is not None:
+            self.grid.zero_point[:, group] = fitted.zero_point[:, 0]
+
+    def round(self, values: Tensor, column: int) -> Tensor:
+        codes, rounded = self.grid.round_column(values, column)
+        self.codes[column] = codes
+        return rounded
+
+    def result(self, num_columns: int) -> QTensor:
+        return QTensor(codes=self.codes[:num_columns].T.contiguous(), grid=self.grid)
+
+
+def _own_copy(grid: Grid) -> Grid:
+    zero_point = None if grid.zero_point is None else grid.zero_point.clone()
+    return replace(grid, scale=grid.scale.clone(), zero_point=zero_point)

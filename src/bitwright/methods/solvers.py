@@ -1,0 +1,42 @@
+"""What a weight solver is, and the table of those that exist."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bitwright.calibration.collect import SiteStats
+from bitwright.methods.gptq import gptq
+from bitwright.methods.rtn import rtn
+from bitwright.numerics.grid import Grid
+from bitwright.numerics.qtensor import QTensor
+from bitwright.recipe import GptqOptions
+from bitwright.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solver:
+    """Rounds a weight to a grid.
+
+    Attributes:
+        solve: (weight [O, I], grid, statistics of the inputs, options) -> QTensor.
+        needs_hessian: the statistics must include Σ x xᵀ, so a calibration text is required.
+    """
+
+    solve: Callable[[Tensor, Grid, SiteStats, GptqOptions], QTensor]
+    needs_hessian: bool
+
+
+def _rtn(weight: Tensor, grid: Grid, _stats: SiteStats, _options: GptqOptions) -> QTensor:
+    return rtn(weight, grid)
+
+
+def _gptq(weight: Tensor, grid: Grid, stats: SiteStats, options: GptqOptions) -> QTensor:
+    hessian = stats.hessian
+    assert hessian is not None
+    return gptq(weight, hessian, grid, damp=options.damp, block=options.block, act_order=options.act_order)
+
+
+SOLVERS: Registry[Solver] = Registry("method")
+SOLVERS.register("rtn", Solver(solve=_rtn, needs_hessian=False))
+SOLVERS.register("gptq", Solver(solve=_gptq, needs_hessian=True))

@@ -1,0 +1,163 @@
+"""Run a model one decoder block at a time, so that memory is one block and its activations.
+
+The decoder blocks are replaced by relays. Running the model with relays in place gives what enters the first block and the
+arguments that every block is called with (masks, position embeddings); running it with a hidden state injected gives the
+logits. Nothing here knows an architecture: whatever a model does before, between and after its blocks is the model's own code.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import StructureError
+from bitwright.model.checkpoint import Checkpoint
+from bitwright.model.sites import find_blocks
+from bitwright.model.skeleton import Skeleton
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockCall:
+    """The arguments of one decoder block besides the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Relay(nn.Module):
+    """Stands in for a decoder block: records its call and passes the hidden state on."""
+
+    def __init__(self, block: nn.Module, *, returns_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)
+        self.returns_tuple = returns_tuple
+        self.call: BlockCall | None = None
+        self.received: Tensor | None = None
+        self.injected: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)  # model code reads attributes such as attention_type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rest = dict(kwargs)
+        hidden = cast(Tensor, args[0] if args else rest.pop("hidden_states"))
+        self.received = hidden
+        self.call = BlockCall(args=args[1:], kwargs=rest)
+        passed = hidden if self.injected is None else self.injected
+        return (passed,) if self.returns_tuple else passed
+
+
+class StreamedModel:
+    """A causal language model of which at most one decoder block is in memory.
+
+    Shapes: B windows, T tokens, D hidden size, V vocabulary.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    ) -> None:
+        self.skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        self.blocks_path, self.block_names = find_blocks(self.skeleton.model)
+        self.device, self.dtype = torch.device(device), dtype
+        self._calls: dict[tuple[int, int], list[BlockCall]] = {}
+        self._returns_tuple = False
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_names)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Hold everything but the blocks (embeddings, final norm, head) in memory."""
+        self.skeleton.load_outside(self.blocks_path)
+        try:
+            yield
+        finally:
+            self.skeleton.free_outside(self.blocks_path)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Hold decoder block `index` in memory."""
+        name = self.block_names[index]
+        self.skeleton.load(name)
+        try:
+            yield self.skeleton.model.get_submodule(name)
+        finally:
+            self.skeleton.free(name)
+
+    def enter(self, input_ids: Tensor) -> Tensor:
+        """Return the hidden state [B, T, D] that enters the first block; needs `outside()`.
+
+        Also learns how the blocks are called for this batch shape.
+
+        Raises:
+            StructureError: the model changes the hidden state between blocks, or calls them with token-dependent arguments.
+        """
+        for returns_tuple in (self._returns_tuple, not self._returns_tuple):
+            relays, logits = self._run(input_ids, None, returns_tuple)
+            first = relays[0].received
+            passed_on = all(relay.received is first for relay in relays)
+            if first is not None and passed_on and logits.shape[:2] == input_ids.shape:
+                self._returns_tuple = returns_tuple
+                self._remember(tuple(input_ids.shape), [cast(BlockCall, relay.call) for relay in relays])
+                return first
+        raise StructureError(
+            f"{type(self.skeleton.model).__name__}: the hidden state is changed between decoder blocks; "
+            "this architecture cannot be streamed yet."
+        )
+
+    def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Return the output [B, T, D] of block `index` for the hidden state [B, T, D]."""
+        call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
+        with torch.no_grad():
+            out = block(hidden, *call.args, **call.kwargs)
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+    def leave(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits [B, T, V] (float32) for the last block's output; needs `outside()`."""
+        _, logits = self._run(input_ids, hidden, self._returns_tuple)
+        return logits.float()
+
+    def _run(self, input_ids: Tensor, injected: Tensor | None, returns_tuple: bool) -> tuple[list[Relay], Tensor]:
+        model = self.skeleton.model
+        original = model.get_submodule(self.blocks_path)
+        relays = [Relay(block, returns_tuple=returns_tuple) for block in cast(nn.ModuleList, original)]
+        relays[0].injected = injected
+        model.set_submodule(self.blocks_path, nn.ModuleList(relays))
+        try:
+            with torch.no_grad():
+                logits = cast(Tensor, model(input_ids=input_ids.to(self.device), use_cache=False).logits)
+        except (IndexError, ValueError, RuntimeError):
+            if injected is not None:
+                raise
+            logits = torch.empty(0, 0)  # a tensor where the model expects a tuple, or the reverse: enter() tries the other
+        finally:
+            model.set_submodule(self.blocks_path, original)
+        return relays, logits
+
+    def _remember(self, shape: tuple[int, ...], calls: list[BlockCall]) -> None:
+        key = (shape[0], shape[1])
+        known = self._calls.setdefault(key, calls)
+        if known is not calls and not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+            raise StructureError(
+                f"{type(self.skeleton.model).__name__}: decoder blocks receive arguments that depend on the tokens; "
+                "this architecture cannot be streamed yet."
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, BlockCall) and isinstance(b, BlockCall):
+        return _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b) or type(a) is type(b)

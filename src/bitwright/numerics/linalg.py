@@ -1,0 +1,93 @@
+"""Second moments and the factor that column-wise solvers need. Legend: I in features, T tokens."""
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import RecipeError, ShapeError, SingularHessian
+
+DAMP_STEP = 0.01
+MAX_DAMP = 0.25
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest float dtype of a device: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def accumulate_gram(gram: Tensor, x: Tensor) -> None:
+    """Add xᵀx to the Gram matrix in place, exactly symmetric.
+
+    The product runs in float32 (float64 for float64 inputs); sums over calls keep the precision of `gram`, so that the
+    split into batches only moves the result within float32 rounding.
+
+    Args:
+        gram: [I, I], symmetric; float64 where the device has it (`wide_dtype`).
+        x: [T, I], any float dtype.
+    Raises:
+        ShapeError: x has not I columns.
+    """
+    if x.ndim != 2 or gram.shape != (x.shape[1], x.shape[1]):
+        raise ShapeError(
+            f"gram: inputs {list(x.shape)} do not fit a Gram matrix {list(gram.shape)}; flatten to [T, I]."
+        )
+    x = x if x.dtype == torch.float64 else x.float()
+    product = x.T @ x
+    # BLAS may compute the two triangles in different orders; a + b = b + a restores exact symmetry.
+    gram.add_((product + product.T).mul_(0.5))
+
+
+def dead_columns(hessian: Tensor) -> Tensor:
+    """Return a bool mask [I] of the inputs that were never anything but 0: H_ii == 0."""
+    return torch.diagonal(hessian) == 0
+
+
+def damped_inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
+    """Return the upper triangular U with UᵀU = (H + λI)⁻¹, λ as small as the factorisation allows.
+
+    λ starts at `damp` times the mean diagonal and grows in steps of 1 % of it up to 25 % (or `damp`, if larger).
+
+    Let J reverse the order of rows or columns. From J(H + λI)J = L Lᵀ follows H + λI = R Rᵀ with R = J L J upper
+    triangular, hence U = R⁻¹: one factorisation and one triangular inverse, where the textbook route inverts H and then
+    factors the inverse.
+
+    Args:
+        hessian: [I, I], symmetric PSD, not modified; give dead columns a diagonal of 1 first.
+        damp: fraction of the mean diagonal; >= 0.
+    Returns:
+        [I, I] in the dtype of `hessian`; computed in float64 where the device has it.
+    Raises:
+        RecipeError: damp is negative.
+        ShapeError: the matrix is not square.
+        SingularHessian: NaN or Inf, or no factor even with the largest λ.
+    Reference:
+        GPTQ, arXiv:2210.17323, section 3.3 step 3. Differs: the damping grows until the factor exists.
+    """
+    if damp < 0:
+        raise RecipeError(f"damp must be at least 0, not {damp}.")
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise ShapeError(f"hessian: {list(hessian.shape)} is not square.")
+    dtype = wide_dtype(hessian.device)
+    mean = torch.diagonal(hessian).to(dtype).mean()
+    num_steps = max(0, round((MAX_DAMP - damp) / DAMP_STEP))
+    fraction = damp
+    for step in range(num_steps + 1):
+        fraction = damp + step * DAMP_STEP
+        upper = _inverse_factor(hessian, fraction * mean, dtype)
+        if upper is not None:
+            return upper.to(hessian.dtype)
+    raise SingularHessian(
+        f"hessian of {hessian.shape[0]} columns: no Cholesky factor up to damp {fraction:.2f}. It holds NaN or Inf, or "
+        "is not positive semidefinite; check the calibration inputs of this site."
+    )
+
+
+def _inverse_factor(hessian: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor | None:
+    reversed_hessian = hessian.to(dtype).flip(0, 1)
+    reversed_hessian.diagonal().add_(added)
+    lower, info = torch.linalg.cholesky_ex(reversed_hessian)
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        return None
+    del reversed_hessian
+    inverse = torch.eye(hessian.shape[0], dtype=dtype, device=hessian.device)
+    inverse = torch.linalg.solve_triangular(lower, inverse, upper=False)
+    return inverse.flip(0, 1) if bool(torch.isfinite(inverse).all()) else None

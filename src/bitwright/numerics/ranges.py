@@ -1,0 +1,284 @@
+"""Choosing scales and zero points: min-max, percentile, MSE and importance-weighted MSE.
+
+Every method sees the weights as groups that share a scale and answers with a scale and, for asymmetric formats, a zero
+point. The range always includes 0. The scale is rounded to the dtype that is stored *before* errors are measured and
+codes chosen, so that what is searched is what is stored.
+
+Legend: O out features, I in features, R rows of scales, G groups per row, g columns per group.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import RecipeError, ShapeError, VerificationError
+from bitwright.numerics.formats import Format
+from bitwright.numerics.granularity import Granularity, row_chunks
+from bitwright.numerics.grid import Grid
+from bitwright.numerics.linalg import wide_dtype
+from bitwright.registry import Registry
+
+# Factors on the largest magnitude. 0.2 reaches the optimum of 2 bits on heavy tails; 1.25 % steps are finer than the
+# valley of the error at any width.
+SHRINK_FACTORS = tuple(1 - step / 80 for step in range(65))
+
+# The smallest scale of each storage dtype. Float16 subnormals are normal in float32, where the arithmetic happens;
+# float32 and bfloat16 subnormals may be flushed to 0 by a device.
+MIN_SCALE = {
+    torch.float32: torch.finfo(torch.float32).tiny,
+    torch.bfloat16: torch.finfo(torch.bfloat16).tiny,
+    torch.float16: torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Samples:
+    """Weights that share scales, in pieces small enough to work on.
+
+    Args:
+        pieces: each [R, G, g]; errors and ranges of the pieces combine (only `tensor` granularity has several).
+        root_importance: square root of the importance, [1, G, g]; may be longer than a piece; None when all weights
+            count the same.
+        counts: [G], weights per group and row; padding not counted.
+    """
+
+    pieces: list[Tensor]
+    root_importance: Tensor | None
+    counts: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (piece.float() for piece in self.pieces)
+
+    def squared_error(self, format: Format, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Return Σ importance · (w - ŵ)² per group [R, G] in the widest float."""
+        wide = wide_dtype(scale.device)
+        # In units of the step every residual is of order 1, so that neither tiny nor huge weights leave float32.
+        divisor, zero = scale.float().unsqueeze(-1), None if zero_point is None else zero_point.float().unsqueeze(-1)
+        total = torch.zeros(scale.shape, dtype=wide, device=scale.device)
+        for groups in self:
+            scaled = groups / divisor
+            residual = format.snap(scaled, zero).sub_(scaled)
+            if self.root_importance is not None:
+                residual.mul_(self.root_importance[..., : groups.shape[-1]])
+            total += torch.linalg.vector_norm(residual, dim=-1).to(wide).square_()
+        return total * scale.to(wide).square()
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Return smallest and largest weight per group, [R, G] each; 0 is always inside."""
+        lows, highs = zip(*(torch.aminmax(groups, dim=-1) for groups in self), strict=True)
+        return torch.stack(lows).amin(0).clamp_(max=0), torch.stack(highs).amax(0).clamp_(min=0)
+
+
+RangeMethod = Callable[[Samples, Format, torch.dtype], tuple[Tensor, Tensor | None]]
+RANGE_METHODS: Registry[RangeMethod] = Registry("range method")
+
+
+def fit_grid(
+    weight: Tensor,
+    format: Format,
+    granularity: Granularity,
+    *,
+    method: RangeMethod | str = "minmax",
+    importance: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+) -> Grid:
+    """Choose the grid of a weight.
+
+    Works through rows in chunks: the temporaries stay at a few times the chunk, whatever the weight's size.
+
+    Args:
+        weight: [O, I], any float dtype; not modified.
+        format: the codes.
+        granularity: which weights share a scale.
+        method: a name in `RANGE_METHODS` (minmax, percentile, mse) or a method, such as `percentile(99.99)`.
+        importance: [I], E[x_i²] of the inputs, >= 0. With it `mse` minimises `Σ importance_i (w_i - ŵ_i)²`; the other
+            methods have no objective and ignore it.
+        scale_dtype: float32, float16 or bfloat16: what the checkpoint will store.
+    Raises:
+        ShapeError: the weight is not [O, I] or is empty; the importance is not [I].
+        VerificationError: NaN or Inf in weight or importance, a negative importance, a weight too large for float32.
+        RecipeError: another scale dtype, or a scale that float16 cannot hold.
+        UnknownName: unknown method.
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ShapeError(f"fit_grid: a weight must be [O, I] and not empty, not {list(weight.shape)}.")
+    if scale_dtype not in MIN_SCALE:
+        raise RecipeError(f"fit_grid: scales are float32, float16 or bfloat16, not {scale_dtype}.")
+    choose = RANGE_METHODS[method] if isinstance(method, str) else method
+    root_importance = None if importance is None else _root(importance, weight)
+    scales: list[Tensor] = []
+    zero_points: list[Tensor] = []
+    for samples in _samples(weight, granularity, root_importance):
+        _check_finite(samples)
+        scale, zero_point = choose(samples, format, scale_dtype)
+        _check_scale(scale, format)
+        scales.append(scale)
+        if zero_point is not None:
+            zero_points.append(zero_point)
+    return Grid(
+        format=format,
+        granularity=granularity,
+        in_features=weight.shape[1],
+        scale=torch.cat(scales),
+        zero_point=torch.cat(zero_points) if zero_points else None,
+    )
+
+
+def minmax(samples: Samples, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Cover the whole range: no clipping, coarsest steps."""
+    return _cover(*samples.ends(), format, scale_dtype)
+
+
+def percentile(percent: float) -> RangeMethod:
+    """Return a method that covers all but the outermost `100 - percent` percent on each side.
+
+    Interpolates linearly between order statistics. Small groups have no tail to cut: with fewer than
+    1 / (1 - percent/100) weights this only interpolates between the two largest.
+
+    Raises:
+        RecipeError: percent outside (50, 100].
+    """
+    if not 50 < percent <= 100:
+        raise RecipeError(f"percentile: {percent} is outside (50, 100]. Use 99.9 or 99.99.")
+
+    def method(samples: Samples, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        position = (samples.counts - 1) * (1 - percent / 100)
+        low, high = _upper_quantile(samples, position, -1.0).neg_(), _upper_quantile(samples, position, 1.0)
+        return _cover(low, high, format, scale_dtype)
+
+    return method
+
+
+def mse(samples: Samples, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Search shrunken ranges for the least (importance-weighted) squared error; never worse than `minmax`.
+
+    Exhaustive over `SHRINK_FACTORS`, so that a better objective or a superset of codes can never lose to a local
+    minimum. With a full symmetric range both signs of the scale are tried.
+
+    Reference:
+        The importance matrix of llama.cpp and the weighted clip of AutoRound; ours searches both signs and measures the
+        error of the scale as stored.
+    """
+    low, high = samples.ends()
+    best_scale, best_zero = _cover(low, high, format, scale_dtype)
+    best_error = samples.squared_error(format, best_scale, best_zero)
+    for scale, zero_point in _candidates(low, high, format, scale_dtype):
+        error = samples.squared_error(format, scale, zero_point)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        if best_zero is not None and zero_point is not None:
+            best_zero = torch.where(better, zero_point, best_zero)
+    return best_scale, best_zero
+
+
+RANGE_METHODS.register("minmax", minmax)
+RANGE_METHODS.register("percentile", percentile(99.9))
+RANGE_METHODS.register("mse", mse)
+
+
+def _cover(low: Tensor, high: Tensor, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return the smallest step whose grid reaches from low to high; [R, G] each."""
+    wide = wide_dtype(low.device)
+    low, high = low.to(wide), high.to(wide)
+    if not format.symmetric:
+        return _affine(low, high, format, scale_dtype)
+    upright = torch.maximum(high / format.max_value, low / format.min_value)
+    flipped = torch.maximum(-high / format.min_value, -low / format.max_value)
+    return _stored(torch.where(flipped < upright, -flipped, upright), scale_dtype), None
+
+
+def _candidates(
+    low: Tensor, high: Tensor, format: Format, scale_dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    wide = wide_dtype(low.device)
+    low, high = low.to(wide), high.to(wide)
+    if not format.symmetric:
+        for factor in SHRINK_FACTORS[1:]:
+            yield _affine(low * factor, high * factor, format, scale_dtype)
+        return
+    # The candidates are those of the restricted range, so that the full range can only gain from its extra code.
+    reach = torch.maximum(high, -low) / format.max_value
+    signs = (1.0,) if format.min_value == -format.max_value else (1.0, -1.0)
+    for factor in SHRINK_FACTORS:
+        for sign in signs:
+            yield _stored(reach * (sign * factor), scale_dtype), None
+
+
+def _affine(low: Tensor, high: Tensor, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = _stored((high - low) / (format.max_value - format.min_value), scale_dtype)
+    zero_point = torch.round(format.min_value - low / scale.to(low.dtype))
+    return scale, zero_point.clamp_(format.min_value, format.max_value).to(torch.int32)
+
+
+def _stored(step: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Round to the storage dtype; all-zero groups get 1, tiny groups the smallest scale, so that none is 0."""
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    floor = torch.full_like(step, MIN_SCALE[scale_dtype]).copysign_(step)
+    return torch.where(step.abs() < floor.abs(), floor, step).to(scale_dtype)
+
+
+def _upper_quantile(samples: Samples, position: Tensor, sign: float) -> Tensor:
+    """Value at a fractional position [G] from the top of max(sign · w, 0): [R, G]. Padding stays at the bottom."""
+    num_top = math.floor(position.max().item()) + 2
+    top: Tensor | None = None
+    for groups in samples:
+        values = (groups * sign).clamp_(min=0)
+        values = values if top is None else torch.cat([top, values], dim=-1)
+        top = values.topk(min(num_top, values.shape[-1]), dim=-1).values
+    assert top is not None  # Samples hold at least one piece.
+    last = top.shape[-1] - 1
+    above = position.floor().long().clamp_(max=last).expand(top.shape[:-1]).unsqueeze(-1)
+    fraction = (position - position.floor()).to(top.dtype).unsqueeze(-1)
+    upper, lower = top.gather(-1, above), top.gather(-1, (above + 1).clamp_(max=last))
+    return torch.lerp(upper, lower, fraction).squeeze(-1)
+
+
+def _samples(weight: Tensor, granularity: Granularity, root_importance: Tensor | None) -> Iterator[Samples]:
+    """Yield the weights in parts that can be fitted one after the other."""
+    chunks = list(row_chunks(weight))
+    in_features = weight.shape[1]
+    if granularity.kind == "tensor":
+        rows = chunks[0].stop
+        root = None if root_importance is None else granularity.split(root_importance.expand(rows, -1))
+        counts = torch.tensor([weight.numel()], dtype=torch.float32, device=weight.device)
+        yield Samples(
+            pieces=[granularity.split(weight[chunk]) for chunk in chunks], root_importance=root, counts=counts
+        )
+        return
+    root = None if root_importance is None else granularity.split(root_importance)
+    counts = torch.full((granularity.num_groups(in_features),), granularity.columns_per_group(in_features))
+    counts[-1] -= int(counts.sum()) - in_features
+    counts = counts.to(device=weight.device, dtype=torch.float32)
+    for chunk in chunks:
+        yield Samples(pieces=[granularity.split(weight[chunk].float())], root_importance=root, counts=counts)
+
+
+def _root(importance: Tensor, weight: Tensor) -> Tensor:
+    """Return the square root of the importance over its mean, [1, I]; a common factor changes no choice."""
+    if importance.shape != weight.shape[1:]:
+        raise ShapeError(f"fit_grid: importance {list(importance.shape)} must be [{weight.shape[1]}], one per column.")
+    if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+        raise VerificationError("fit_grid: importance has NaN, Inf or negative entries; it is a mean square of inputs.")
+    wide = importance.to(device=weight.device, dtype=wide_dtype(weight.device))
+    mean = wide.mean()
+    wide = wide / mean if float(mean) > 0 else torch.ones_like(wide)
+    return wide.sqrt().float().unsqueeze(0)
+
+
+def _check_finite(samples: Samples) -> None:
+    low, high = samples.ends()
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise VerificationError("fit_grid: the weight holds NaN or Inf. Repair the checkpoint; it cannot be quantized.")
+
+
+def _check_scale(scale: Tensor, format: Format) -> None:
+    reach = scale.float().abs() * max(-format.min_value, format.max_value)
+    if bool(torch.isfinite(reach).all()):
+        return
+    if scale.dtype == torch.float16:
+        raise RecipeError("fit_grid: a scale exceeds 65504, the largest float16. Store bfloat16 or float32 scales.")
+    raise VerificationError("fit_grid: a weight is so large that its grid overflows float32. Repair the checkpoint.")

@@ -1,0 +1,170 @@
+"""The verbs: inspect, quantize (which calibrates and decides on its way), evaluate, export, report. The CLI says the same words."""
+
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from bitwright.data.overlap import require_disjoint
+from bitwright.errors import RunError
+from bitwright.evaluate.score import Score
+from bitwright.evaluate.streamed import Progress
+from bitwright.evaluate.streamed import evaluate as evaluate_streamed
+from bitwright.export.exporters import EXPORTERS
+from bitwright.outcome import CALIBRATION_TOKENS, conclude
+from bitwright.preparation import Job, max_length, open_model, prepare, text_windows
+from bitwright.recipe import Recipe
+from bitwright.records import append_jsonl
+from bitwright.runs import RUN_FILE, RunDirectory, open_run
+from bitwright.walk import Walk
+
+LONGEST_DEFAULT_WINDOW = 2048
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Progress reporter that says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeResult:
+    """A finished run.
+
+    Attributes:
+        run: its directory; `run / "4-model"` is a Hugging Face model directory, and so is the run itself.
+        results: headline figures, as in run.json.
+        failure: why the result failed its gate; None if it passed.
+        resumed_blocks: blocks that an earlier, interrupted start had already done.
+    """
+
+    run: Path
+    results: dict[str, Any]
+    failure: str | None
+    resumed_blocks: int
+
+
+def quantize(
+    model: str | Path, recipe: Recipe, out: str | Path, *, fresh: bool = False, device: str = "cpu", dtype: str = "float32",
+    trust_remote_code: bool = False, progress: Progress = no_progress,
+) -> QuantizeResult:  # fmt: skip
+    """Quantize a model into a run directory; the same call resumes an interrupted run and returns a finished one.
+
+    Args:
+        model: model directory or hub id.
+        recipe: what to do.
+        out: the run directory.
+        fresh: discard what an earlier run left in `out`.
+        device: where blocks are computed.
+        dtype: compute type of activations: float32, bfloat16 or float16.
+        progress: called with (what, done, total).
+    Raises:
+        BitwrightError: see `errors`; nothing is written unless every check has passed.
+    """
+    begun = time.perf_counter()
+    run = RunDirectory(Path(out))
+    job = prepare(
+        model, recipe, run, fresh=fresh, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress
+    )
+    done = 0
+    if fresh or not run.is_complete:
+        run.start(job.fingerprint, _asked(model, job), fresh=fresh)
+        try:
+            done = int(run.journal().get("completed_blocks", 0))
+            walk = Walk(job.model, run, recipe, job.plan, job.calibration, job.gate, progress)
+            gate, reference = walk.execute()
+            seconds = time.perf_counter() - begun + float(run.journal().get("earlier_seconds", 0.0))
+            conclude(job, run, walk, gate, reference, seconds)
+        finally:
+            run.release()
+    info = run.info
+    assert info is not None
+    return QuantizeResult(run=run.path, results=info["results"], failure=info["failure"], resumed_blocks=done)
+
+
+def _asked(model: str | Path, job: Job) -> dict[str, Any]:
+    return {"model": str(model), "recipe": job.recipe.to_mapping(), "model_hash": job.model_hash, "data_hash": job.data_hash}
+
+
+def model_directory(target: str | Path) -> str | Path:
+    """The model directory behind a run directory; anything else is returned as it is."""
+    path = Path(target)
+    if not (path / RUN_FILE).is_file():
+        return target
+    return open_run(path).model
+
+
+def evaluate(
+    target: str | Path, text: str, *, reference: str | Path | None = None, seqlen: int | None = None, max_windows: int | None = None,
+    device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False, progress: Progress = no_progress,
+) -> tuple[Score, dict[str, Any]]:  # fmt: skip
+    """Measure perplexity on a text and, with a reference, the divergence from it.
+
+    Returns:
+        the score and the circumstances (model, text, context length) that belong to it.
+    Raises:
+        DataError: the text is empty, too short, or overlaps the text that the run was calibrated on.
+    """
+    model = open_model(model_directory(target), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    length = seqlen or min(max_length(model) or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+    windows = text_windows(model, text, length, trust_remote_code=trust_remote_code)
+    if (Path(target) / RUN_FILE).is_file():
+        _require_unseen(open_run(Path(target)), windows, text)
+    windows = windows[:max_windows]
+    other = None
+    if reference is not None:
+        other = open_model(model_directory(reference), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix="bitwright-") as work:
+        score = evaluate_streamed(model, windows, Path(work), progress, reference=other)
+    circumstances = {
+        "model": str(target),
+        "reference": None if reference is None else str(reference),
+        "text": text,
+        "seqlen": length,
+        "dtype": dtype,
+        "device": device,
+    }
+    if (Path(target) / RUN_FILE).is_file():
+        append_jsonl(open_run(Path(target)).records, {"kind": "evaluate", **circumstances, **asdict(score)})
+    return score, circumstances
+
+
+def _require_unseen(run: RunDirectory, windows: Any, text: str) -> None:
+    with safe_open(run.stats, framework="pt") as handle:  # pyright: ignore[reportUnknownVariableType]
+        calibration = handle.get_tensor(CALIBRATION_TOKENS)
+    if calibration.numel():
+        require_disjoint(calibration.long(), windows, calibration_source=f"{run.path}'s calibration", evaluation_source=text)
+
+
+def export(
+    run: str | Path, to: str, out: str | Path, *, verify: bool = True, trust_remote_code: bool = False, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Write a finished run's model for an engine, load it with that engine and compare.
+
+    Returns:
+        what was compared and how far it differed.
+    Raises:
+        UnknownName: no such exporter.
+        RunError: not a finished run, or `out` exists.
+        VerificationError: the engine's tensors or logits differ from ours.
+    """
+    exporter = EXPORTERS[to]
+    finished = open_run(Path(run))
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(f"{target}: exists and is not empty. Choose another --out.")
+    temporary = target.with_name(target.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        exporter.write(finished.model, temporary)
+        comparison = exporter.verify(temporary, trust_remote_code) if verify else {}
+        if target.exists():
+            target.rmdir()
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    append_jsonl(finished.records, {"kind": "export", "to": to, "out": str(target), **comparison})
+    progress("export", 1, 1)
+    return comparison

@@ -1,0 +1,114 @@
+"""What a run will need, estimated before any work, and refused when the machine does not have it."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from bitwright.errors import ResourceError
+from bitwright.methods.solvers import SOLVERS
+from bitwright.model.sites import Site
+from bitwright.model.stream import StreamedModel
+from bitwright.recipe import Plan
+from bitwright.walk import STATISTICS_BYTES
+
+DISK_MARGIN = 1.05
+HESSIAN_COPIES = 4
+"""The accumulated Gram matrix, its permutation, the Cholesky factor and the inverse are alive at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What a run will take, in bytes.
+
+    Attributes:
+        model_bytes: the quantized model on disk.
+        work_bytes: hidden states on disk while the run lasts.
+        memory_bytes: peak resident memory above the imports.
+        quantized_bits_per_weight: over the quantized sites, scales and zero points included.
+    """
+
+    model_bytes: int
+    work_bytes: int
+    memory_bytes: int
+    quantized_bits_per_weight: float
+
+
+def estimate(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows: int, num_gate: int, seqlen: int) -> Estimate:
+    """Predict sizes from shapes alone."""
+    stored = model.skeleton.checkpoint.stored
+    quantized_bits = quantized_weights = replaced_bytes = 0
+    for site in sites:
+        entry = plan.sites[site.name]
+        if entry.scheme is None or entry.granularity is None:
+            continue
+        weights = site.out_features * site.in_features
+        itemsize = stored[model.skeleton.sources[site.parameter][0]].dtype.itemsize
+        rows, groups = entry.granularity.scale_shape(site.out_features, site.in_features)
+        bits = entry.scheme.weight_format.bits
+        zero_bits = 0 if entry.scheme.weight_format.symmetric else bits
+        quantized_bits += weights * bits + rows * groups * (8 * itemsize + zero_bits)
+        quantized_weights += weights
+        replaced_bytes += weights * itemsize
+    hidden = int(getattr(model.skeleton.model.config.get_text_config(), "hidden_size", 0))
+    work = 2 * (num_windows + 2 * num_gate) * seqlen * hidden * model.dtype.itemsize
+    return Estimate(
+        model_bytes=model.skeleton.checkpoint.num_bytes - replaced_bytes + quantized_bits // 8,
+        work_bytes=work,
+        memory_bytes=_memory(model, sites, plan, num_windows) + work,
+        quantized_bits_per_weight=quantized_bits / max(1, quantized_weights),
+    )
+
+
+def check(needed: Estimate, out: Path) -> None:
+    """Refuse a run that cannot finish on this machine.
+
+    Raises:
+        ResourceError: too little disk or memory.
+    """
+    folder = out
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    disk = int((needed.model_bytes + needed.work_bytes) * DISK_MARGIN)
+    if disk > free:
+        raise ResourceError(f"{out}: the run needs {_gb(disk)} of disk and {_gb(free)} are free. Free space, or choose another --out.")
+    available = psutil.virtual_memory().available
+    if needed.memory_bytes > available:
+        raise ResourceError(
+            f"the run needs about {_gb(needed.memory_bytes)} of memory and {_gb(available)} are available. "
+            "Use fewer or shorter calibration windows, or --dtype bfloat16."
+        )
+
+
+def _memory(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows: int) -> int:
+    """Peak of one block: its weights twice (float and stored), and the Hessians of one pass."""
+    block_bytes = max(_parameter_bytes(model, name) for name in model.block_names)
+    outside = sum(
+        model.skeleton.model.get_parameter(name).numel() * model.dtype.itemsize
+        for name, _ in model.skeleton.model.named_parameters()
+        if not name.startswith(model.blocks_path + ".")
+    )
+    hessian = 0
+    if num_windows:
+        for site in sites:
+            method = plan.sites[site.name].method
+            if method is not None and SOLVERS[method].needs_hessian:
+                hessian = max(hessian, 8 * site.in_features**2)
+    return max(2 * block_bytes + HESSIAN_COPIES * hessian + (STATISTICS_BYTES if _has_experts(sites) else 0), outside)
+
+
+def _parameter_bytes(model: StreamedModel, prefix: str) -> int:
+    module = model.skeleton.model.get_submodule(prefix)
+    return sum(p.numel() for p in module.parameters()) * torch.empty(0, dtype=model.dtype).element_size()
+
+
+def _has_experts(sites: Sequence[Site]) -> bool:
+    return any(site.kind == "expert" for site in sites)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

@@ -1,0 +1,190 @@
+"""Everything that is decided and checked before a run touches the disk: fail here, cheaply, or not at all."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bitwright.calibration.self_text import generate_windows
+from bitwright.data.corpora import load_corpus
+from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
+from bitwright.errors import CheckpointError, DataError, RecipeError
+from bitwright.evaluate.streamed import Progress
+from bitwright.export.compressed_tensors import check_site
+from bitwright.methods.solvers import SOLVERS
+from bitwright.model.checkpoint import Checkpoint, open_checkpoint
+from bitwright.model.sites import Site, block_sites
+from bitwright.model.stream import StreamedModel
+from bitwright.preflight import Estimate, check, estimate
+from bitwright.recipe import Plan, Recipe, resolve
+from bitwright.runs import RunDirectory
+
+GATE_TOKENS = 2048
+GATE_TEXT_WITHOUT_CALIBRATION = "stdlib:heldout"
+SELF = "self"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A quantization that has passed every check that can be made before it starts.
+
+    Attributes:
+        calibration: token windows [N, T]; N = 0 for a data-free run.
+        gate: token windows [K, T] that no method sees, for the loss of the whole model.
+        fingerprint: of all that determines the result; a run directory belongs to one.
+    """
+
+    model: StreamedModel
+    recipe: Recipe
+    sites: tuple[Site, ...]
+    plan: Plan
+    calibration: Tensor
+    gate: Tensor
+    needed: Estimate
+    model_hash: str
+    data_hash: str
+    fingerprint: str
+
+
+def open_model(source: str | Path, *, device: str, dtype: str, trust_remote_code: bool) -> StreamedModel:
+    """Open a model for streaming.
+
+    Raises:
+        CheckpointError: it cannot be read or built.
+        RecipeError: unknown dtype or a device that is not there.
+    """
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {device}: not available ({str(error).splitlines()[0]}). Use cpu.") from None
+    return StreamedModel(open_checkpoint(source), device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
+    """Load the tokenizer beside the weights."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{checkpoint.path}: no usable tokenizer ({reason}).") from None
+
+
+def model_sites(model: StreamedModel) -> tuple[Site, ...]:
+    """All weight sites of all decoder blocks, in order."""
+    blocks = [(name, model.skeleton.model.get_submodule(name)) for name in model.block_names]
+    return tuple(site for name, block in blocks for site in block_sites(block, name))
+
+
+def max_length(model: StreamedModel) -> int | None:
+    """The longest window the model was made for; None if its configuration does not say."""
+    value = getattr(model.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    return None if value is None else int(value)
+
+
+def text_windows(model: StreamedModel, text: str, seqlen: int, *, trust_remote_code: bool) -> Tensor:
+    """All windows [N, T] of a text."""
+    check_seqlen(model, seqlen)
+    tokenizer = load_tokenizer(model.skeleton.checkpoint, trust_remote_code=trust_remote_code)
+    return split_windows(tokenise(tokenizer, load_corpus(text).documents), seqlen=seqlen, source=text)
+
+
+def check_seqlen(model: StreamedModel, seqlen: int) -> None:
+    """Raises DataError for windows longer than the model's positions."""
+    longest = max_length(model)
+    if longest is not None and seqlen > longest:
+        raise DataError(f"--seqlen {seqlen}: the model has {longest} positions. Use {longest} or less.")
+
+
+def prepare(source: str | Path, recipe: Recipe, run: RunDirectory, *, fresh: bool, device: str, dtype: str,
+            trust_remote_code: bool, progress: Progress) -> Job:  # fmt: skip
+    """Decide everything and check everything; nothing is written.
+
+    Raises:
+        BitwrightError: whatever is wrong with model, recipe, text, machine or run directory.
+    """
+    for method in recipe.methods:
+        _ = SOLVERS[method]
+    run.check_place()
+    model = open_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if model.skeleton.checkpoint.is_packed:
+        raise CheckpointError(f"{source}: the model is already quantized. Give the original.")
+    sites = model_sites(model)
+    plan = resolve(recipe, sites)
+    if not plan.quantized:
+        raise RecipeError("the recipe leaves every site in 16 bit. Remove an ignore pattern or rule.")
+    for site in sites:
+        check_site(site, plan.sites[site.name])
+    _check_calibration(recipe, plan)
+    check_seqlen(model, recipe.calibration.seqlen)
+    model_hash = model.skeleton.checkpoint.audit(_byte_progress(model.skeleton.checkpoint, progress))
+    num_gate = max(2, GATE_TOKENS // recipe.calibration.seqlen)
+    num_windows = recipe.calibration.num_samples if recipe.calibration.text else 0
+    needed = estimate(model, sites, plan, num_windows, num_gate, recipe.calibration.seqlen)
+    check(needed, run.path)
+    calibration, gate = _texts(model, recipe, num_windows, num_gate, device, trust_remote_code, progress)
+    data_hash = hash_tokens(torch.cat([calibration, gate]))
+    parts = [recipe.hash(), model_hash, data_hash, dtype, torch.device(device).type]
+    fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    run.check(fingerprint, fresh=fresh)
+    return Job(
+        model=model, recipe=recipe, sites=sites, plan=plan, calibration=calibration, gate=gate, needed=needed,
+        model_hash=model_hash, data_hash=data_hash, fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+def _check_calibration(recipe: Recipe, plan: Plan) -> None:
+    methods = {entry.method for entry in plan.sites.values() if entry.method is not None}
+    needing = sorted(method for method in methods if SOLVERS[method].needs_hessian)
+    if needing and recipe.calibration.text is None:
+        raise RecipeError(
+            f"method {needing[0]} needs calibration text. Give --calibration FILE, hub:NAME or self, or use --method rtn."
+        )
+
+
+def _texts(
+    model: StreamedModel, recipe: Recipe, num_windows: int, num_gate: int, device: str, trust_remote_code: bool, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Calibration and gate windows: disjoint pieces of one text, or of what the model writes itself."""
+    wanted = recipe.calibration
+    total = num_windows + num_gate
+    checkpoint = model.skeleton.checkpoint
+    if wanted.text == SELF:
+        windows = generate_windows(
+            checkpoint, total, wanted.seqlen, seed=wanted.seed, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
+    else:
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+        text = wanted.text or GATE_TEXT_WITHOUT_CALIBRATION
+        tokens = tokenise(tokenizer, load_corpus(text).documents)
+        windows = sample_windows(tokens, num_samples=total, seqlen=wanted.seqlen, seed=wanted.seed, source=text)
+    _check_vocabulary(model, windows)
+    return windows[:num_windows].contiguous(), windows[num_windows:].contiguous()
+
+
+def _check_vocabulary(model: StreamedModel, windows: Tensor) -> None:
+    size = int(model.skeleton.model.config.get_text_config().vocab_size)
+    largest = int(windows.max())
+    if largest >= size:
+        raise CheckpointError(
+            f"{model.skeleton.checkpoint.path}: the tokenizer makes token {largest}, the model knows {size}. "
+            "Tokenizer and weights do not belong together."
+        )
+
+
+def _byte_progress(checkpoint: Checkpoint, progress: Progress) -> Any:
+    done = 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("check", done // 2**20, max(1, checkpoint.num_bytes // 2**20))
+
+    return add
+

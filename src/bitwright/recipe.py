@@ -1,0 +1,373 @@
+"""What to do to a model, as data: Scheme (format and granularity), Rule, Recipe (a user's wishes), Plan (resolved).
+
+A recipe is written by people, so its loader refuses what it does not understand. A plan is made by `resolve` from a
+recipe and the sites of one model; it says for every site what happens and why, and the rest of bitwright obeys it.
+
+Patterns are shell patterns over whole site names (`*.down_proj`, `model.layers.[01].*`), or `re:` and a regular
+expression that must match the whole name. Precedence: sites that are neither a linear nor an expert stay in 16 bit;
+then any ignore pattern; then the last matching rule; then the recipe's own scheme and method. Every pattern must match
+some site, except one that matches `lm_head`: heads are kept whether or not a recipe says so.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import yaml
+
+from bitwright.errors import RecipeError, ShapeError, UnknownName, did_you_mean
+from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.integer import MAX_BITS, MIN_BITS, IntegerFormat
+from bitwright.strict_yaml import build, read_yaml_mapping, to_plain
+
+DEFAULT_GROUP_SIZE = 128
+STANDARD_GROUP_SIZES = (16, 32, 64, 128, 256)
+COMMON_SCHEMES = (
+    "W8A16-channel", "W8A16-g128", "W4A16-g128", "W4A16-g64", "W4A16-g32", "W4A16-g128-asym", "W4A16-channel",
+    "W3A16-g128", "W3A16-g64", "W2A16-g64", "W2A16-g32", "W4A16-tensor",
+)  # fmt: skip
+QUANTIZABLE_KINDS = ("linear", "expert")
+HEAD_NAME = "lm_head"
+_SCHEME = re.compile(r"W(\d+)A(\d+)(?:-(?:g([1-9]\d*)|(channel|tensor)))?(?:-(sym|asym))?")
+
+RangeMethod = Literal["auto", "minmax", "percentile", "mse", "importance"]
+Ragged = Literal["auto", "refuse", "divisor"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheme:
+    """The numbers weights become and how many of them share a scale; activations stay in 16 bit."""
+
+    weight_format: IntegerFormat
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        # A scheme is written as its name, and the name has no word for the restricted range.
+        _check(self.weight_format.full_range, "scheme: weight_format.full_range", False, "true")
+
+    @staticmethod
+    def parse(name: str) -> "Scheme":
+        """Read `W<bits>A16[-g<size>|-channel|-tensor][-sym|-asym]`; g128 under 8 bits, channel at 8, sym by default.
+
+        Raises:
+            UnknownName: the text does not read as a scheme.
+            RecipeError: it does, and asks for bits or activations that are not available.
+        """
+        match = _SCHEME.fullmatch(name)
+        if match is None:
+            hint = did_you_mean(name, COMMON_SCHEMES)
+            grammar = "Schemes read W<bits>A16[-g<size>|-channel|-tensor][-sym|-asym]."
+            raise UnknownName(f"unknown scheme '{name}'. {grammar}{hint}")
+        bits, activation_bits, group_size, kind, symmetry = match.groups()
+        if not MIN_BITS <= int(bits) <= MAX_BITS:
+            raise RecipeError(f"scheme '{name}': {bits} weight bits are out of range. Use {MIN_BITS} to {MAX_BITS}.")
+        if int(activation_bits) != 16:
+            raise RecipeError(f"scheme '{name}': activation quantization is not available yet; use A16.")
+        granularity = _granularity(int(bits), int(group_size) if group_size else None, kind)
+        return Scheme(
+            weight_format=IntegerFormat(bits=int(bits), symmetric=symmetry != "asym"), granularity=granularity
+        )
+
+    def __str__(self) -> str:
+        size = self.granularity.group_size
+        granularity = f"g{size}" if self.granularity.kind == "group" else self.granularity.kind
+        return f"W{self.weight_format.bits}A16-{granularity}{'' if self.weight_format.symmetric else '-asym'}"
+
+
+def _granularity(bits: int, group_size: int | None, kind: str | None) -> Granularity:
+    if kind is None and group_size is None and bits < 8:
+        group_size = DEFAULT_GROUP_SIZE
+    if group_size is not None:
+        return Granularity(kind="group", group_size=group_size)
+    return Granularity(kind="tensor" if kind == "tensor" else "channel")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """An exception for matching sites: a scheme (None leaves them in 16 bit), a method (None means the recipe's)."""
+
+    pattern: str
+    scheme: Scheme | None
+    method: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.pattern)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GptqOptions:
+    """GPTQ's knobs: damp as a fraction of the Hessian's mean diagonal, columns per lazy update, static act-order."""
+
+    damp: float = 0.01
+    block: int = 128
+    act_order: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.damp > 0 and math.isfinite(self.damp), "gptq.damp", self.damp, "a finite number above 0")
+        _check(self.block >= 1, "gptq.block", self.block, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """The text statistics are collected on (file, `stdlib`, `hub:...`, `self`; None: no data) and how much of it."""
+
+    text: str | None = None
+    num_samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.num_samples >= 1, "calibration.num_samples", self.num_samples, "at least 1")
+        _check(self.seqlen >= 2, "calibration.seqlen", self.seqlen, "at least 2")
+        _check(self.seed >= 0, "calibration.seed", self.seed, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A user's wishes for one model.
+
+    `range_method` "auto" is importance-weighted MSE where a site's method collects statistics, plain MSE where not.
+    `ragged` says what happens when a group size does not divide a row: "refuse"; "divisor" uses the divisor of the row
+    nearest (in ratio) to the asked size; "auto" refuses when some standard size divides the row (the size was a poor
+    choice) and uses the nearest divisor when none does (the row is odd). `max_kl` is the mean KL divergence in nats per
+    token above which the result counts as collapsed.
+    """
+
+    scheme: Scheme = field(default_factory=lambda: Scheme.parse("W4A16-g128"))
+    method: str = "gptq"
+    rules: tuple[Rule, ...] = ()
+    ignore: tuple[str, ...] = (HEAD_NAME,)
+    range_method: RangeMethod = "auto"
+    ragged: Ragged = "auto"
+    gptq: GptqOptions = field(default_factory=GptqOptions)
+    calibration: Calibration = field(default_factory=Calibration)
+    max_kl: float = 2.0
+
+    def __post_init__(self) -> None:
+        for pattern in self.ignore:
+            _check_pattern(pattern)
+        _check(self.max_kl > 0 and math.isfinite(self.max_kl), "max_kl", self.max_kl, "a finite number above 0")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method the recipe names, its own first; whoever knows the methods checks them before any work."""
+        return tuple(dict.fromkeys([self.method, *(rule.method for rule in self.rules if rule.method is not None)]))
+
+    def range_method_for(self, *, has_statistics: bool) -> Literal["minmax", "percentile", "mse", "importance"]:
+        """Return the range method a site really uses.
+
+        Raises:
+            RecipeError: importance was asked for by name and the site's method collects no statistics.
+        """
+        if self.range_method == "auto":
+            return "importance" if has_statistics else "mse"
+        if self.range_method == "importance" and not has_statistics:
+            raise RecipeError(
+                "range_method 'importance' needs statistics, which the method does not collect. Use range_method auto."
+            )
+        return self.range_method
+
+    @staticmethod
+    def from_mapping(mapping: Mapping[str, Any], *, where: str = "recipe") -> "Recipe":
+        """Build a recipe from plain data; an unknown key, a wrong type or an impossible value is a RecipeError."""
+        return build(Recipe, mapping, where)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return plain data (strings, numbers, lists, dicts) that `from_mapping` reads back to an equal recipe."""
+        return cast(dict[str, Any], to_plain(self))
+
+    def hash(self) -> str:
+        """SHA-256 of all that determines the tensors, so not of the gate; a text source counts by name, not content."""
+        mapping = self.to_mapping()
+        del mapping["max_kl"]
+        return hashlib.sha256(json.dumps(mapping, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from a YAML file.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, or holds something a recipe does not know.
+    """
+    return Recipe.from_mapping(read_yaml_mapping(path), where=str(path))
+
+
+class Site(Protocol):
+    """What `resolve` needs to know of a weight site; `in_features` counts the inputs, however the weight is stored."""
+
+    @property
+    def name(self) -> str:
+        """Module path, unique in the model."""
+        ...
+
+    @property
+    def in_features(self) -> int:
+        """Length of a row: the inputs that one output sums over."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """`linear` or `expert`; any other kind (`router`) stays in 16 bit."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SitePlan:
+    """What happens to one site and why: scheme None = kept in 16 bit; `group_size` is the one really used."""
+
+    scheme: Scheme | None
+    group_size: int | None
+    method: str | None
+    reason: str
+
+    @property
+    def granularity(self) -> Granularity | None:
+        """The scheme's granularity with the resolved group size; None for a kept site."""
+        if self.scheme is None or self.group_size is None:
+            return None if self.scheme is None else self.scheme.granularity
+        return Granularity(kind="group", group_size=self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Every site of a model, in the model's order, with what happens to it."""
+
+    sites: Mapping[str, SitePlan]
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the sites that will be quantized."""
+        return tuple(name for name, site in self.sites.items() if site.scheme is not None)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the sites that stay in 16 bit."""
+        return tuple(name for name, site in self.sites.items() if site.scheme is None)
+
+    def to_yaml(self) -> str:
+        """Return the text of `3-plan.yaml`."""
+        return yaml.safe_dump(to_plain(self), sort_keys=False, width=120)
+
+    @staticmethod
+    def load(path: Path) -> "Plan":
+        """Read a plan that `to_yaml` wrote; anything else is a RecipeError."""
+        return build(Plan, read_yaml_mapping(path), str(path))
+
+
+def resolve(recipe: Recipe, sites: Sequence[Site]) -> Plan:
+    """Decide what happens to every site of a model.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or nothing would be quantized.
+        ShapeError: a group size does not fit a row and the recipe does not allow another.
+    """
+    _check_coverage(recipe, sites)
+    plan = Plan(sites={site.name: _plan_site(recipe, site) for site in sites})
+    if len(plan.sites) != len(sites):
+        raise RecipeError(f"{len(sites)} sites share {len(plan.sites)} names. Each site needs its own name.")
+    if not plan.quantized:
+        raise RecipeError(f"the recipe quantizes nothing: all {len(sites)} sites are kept. Loosen its ignore patterns.")
+    return plan
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Say whether a recipe's pattern covers a site's name; case matters and the whole name must match."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _check_coverage(recipe: Recipe, sites: Sequence[Site]) -> None:
+    names = [site.name for site in sites]
+    quantizable = [site.name for site in sites if site.kind in QUANTIZABLE_KINDS]
+    for pattern in recipe.ignore:
+        _check_matches("ignore pattern", pattern, [*names, HEAD_NAME], "site")
+    for rule in recipe.rules:
+        if rule.scheme is None:
+            _check_matches("rule pattern", rule.pattern, [*names, HEAD_NAME], "site")
+        else:
+            _check_matches("rule pattern", rule.pattern, quantizable, "site that can be quantized")
+
+
+def _check_matches(what: str, pattern: str, names: Sequence[str], noun: str) -> None:
+    if any(matches(pattern, name) for name in names):
+        return
+    globs = sorted({f"*.{name.rsplit('.', 1)[-1]}" for name in names})
+    close = difflib.get_close_matches(pattern, [*globs, *names], n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise RecipeError(f"{what} '{pattern}' matches no {noun}.{hint} Known: {', '.join(globs)}.")
+
+
+def _plan_site(recipe: Recipe, site: Site) -> SitePlan:
+    if site.kind not in QUANTIZABLE_KINDS:
+        return _kept(site.kind)
+    for pattern in recipe.ignore:
+        if matches(pattern, site.name):
+            return _kept(f"ignored by pattern '{pattern}'")
+    scheme, method, reason = recipe.scheme, recipe.method, "recipe"
+    for rule in reversed(recipe.rules):
+        if matches(rule.pattern, site.name):
+            if rule.scheme is None:
+                return _kept(f"kept by rule '{rule.pattern}'")
+            scheme, method, reason = rule.scheme, rule.method or recipe.method, f"rule '{rule.pattern}'"
+            break
+    group_size = _group_size(scheme, site, recipe.ragged)
+    asked = scheme.granularity.group_size
+    if group_size != asked:
+        reason += f"; group_size {group_size} in place of {asked}, which does not divide in_features {site.in_features}"
+    return SitePlan(scheme=scheme, group_size=group_size, method=method, reason=reason)
+
+
+def _kept(reason: str) -> SitePlan:
+    return SitePlan(scheme=None, group_size=None, method=None, reason=reason)
+
+
+def _group_size(scheme: Scheme, site: Site, ragged: Ragged) -> int | None:
+    asked, row = scheme.granularity.group_size, site.in_features
+    if scheme.granularity.kind != "group" or asked is None or row % asked == 0:
+        return asked
+    standard = [size for size in STANDARD_GROUP_SIZES if row % size == 0]
+    usable = sorted(sorted(standard, key=lambda size: (abs(size - asked), size))[:3])
+    if asked > row:
+        per_row = Scheme(weight_format=scheme.weight_format, granularity=Granularity(kind="channel"))
+        problem, remedy = f"smaller than group_size {asked}", f"scheme {per_row}"
+    elif ragged == "divisor" or (ragged == "auto" and not standard):
+        return _nearest_divisor(row, asked)
+    else:
+        problem, remedy = f"not divisible by group_size {asked}", "ragged: divisor"
+    sizes = usable or [_nearest_divisor(row, min(asked, row))]
+    raise ShapeError(f"{site.name}: in_features {row} is {problem}. Use {_either(sizes)}, or {remedy}.")
+
+
+@cache
+def _nearest_divisor(row: int, asked: int) -> int:
+    # Nearest in ratio, because the cost of scales is one: for 32 in a prime row of 37 that is 37, never 1.
+    divisors = [size for size in range(1, row + 1) if row % size == 0]
+    return min(divisors, key=lambda size: (max(size, asked) / min(size, asked), size))
+
+
+def _either(sizes: Sequence[int]) -> str:
+    *first, last = map(str, sizes)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _check_pattern(pattern: str) -> None:
+    _check(pattern not in ("", "re:"), "pattern", pattern, "a shell pattern, or re: and a regular expression")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise RecipeError(f"pattern '{pattern}' is not a regular expression: {error}. Correct it.") from None
+
+
+def _check(holds: bool, key: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise RecipeError(f"{key} must be {wanted}, got {value!r}.")

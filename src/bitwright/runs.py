@@ -1,0 +1,166 @@
+"""The run directory: one folder per run, locked while in use, resumable after a kill, with a fingerprint of what was asked.
+
+    1-structure.json  2-stats.safetensors  3-plan.yaml  4-model/  5-records.jsonl  6-export/  7-report.html
+    run.json          what was asked, by hash, and whether it is finished
+    work/             journal and hidden states of an unfinished run; removed at the end
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from bitwright.errors import ResourceError, RunError
+from bitwright.records import write_json_atomic
+
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+WEIGHT_INDEX = "model.safetensors.index.json"
+
+
+class RunDirectory:
+    """A run's folder. Use as a context manager: the lock is held inside it and dies with the process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.structure = path / "1-structure.json"
+        self.stats = path / "2-stats.safetensors"
+        self.plan = path / "3-plan.yaml"
+        self.model = path / "4-model"
+        self.records = path / "5-records.jsonl"
+        self.export = path / "6-export"
+        self.report = path / "7-report.html"
+        self.work = path / "work"
+        self._lock: Any = None
+
+    @property
+    def info(self) -> dict[str, Any] | None:
+        """The contents of run.json; None where there is none yet."""
+        file = self.path / RUN_FILE
+        if not file.is_file():
+            return None
+        try:
+            return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise RunError(f"{file}: not readable as JSON ({error}). Use --fresh to start over.") from None
+
+    @property
+    def is_complete(self) -> bool:
+        info = self.info
+        return info is not None and bool(info["complete"])
+
+    def check_place(self) -> None:
+        """Refuse a path that is not a run directory and not free, before anything is read or touched.
+
+        Raises:
+            RunError: a file, or a folder that holds something else.
+            ResourceError: a place that cannot be written.
+        """
+        if not self.path.exists():
+            parent = next(folder for folder in self.path.absolute().parents if folder.exists())
+            if not os.access(parent, os.W_OK):
+                raise ResourceError(f"{self.path}: {parent} cannot be written. Choose another --out.")
+            return
+        if not self.path.is_dir():
+            raise RunError(f"{self.path}: is a file. Give a directory for the run.")
+        if self.info is None and any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
+            raise RunError(f"{self.path}: not empty and not a run directory. Choose another --out.")
+
+    def check(self, fingerprint: str, *, fresh: bool) -> None:
+        """Refuse a folder that belongs to a run of another recipe, model or text, unless it is to be replaced.
+
+        Raises:
+            RunError: it does.
+        """
+        info = self.info
+        if info is not None and info["fingerprint"] != fingerprint and not fresh:
+            raise RunError(
+                f"{self.path}: belongs to a run with another recipe, model or calibration text. "
+                "Choose another --out, or --fresh to replace it."
+            )
+
+    def start(self, fingerprint: str, asked: dict[str, Any], *, fresh: bool) -> None:
+        """Take the lock and make the folder this run's own; `fresh` discards what an earlier run left.
+
+        Raises:
+            RunError: another process is working in it.
+            ResourceError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if fresh:
+                self._clear()
+            self.work.mkdir(exist_ok=True)
+            self.model.mkdir(exist_ok=True)
+            if self.info is None:
+                write_json_atomic(self.path / RUN_FILE, {"fingerprint": fingerprint, "asked": asked, "complete": False})
+        except OSError as error:
+            raise ResourceError(f"{self.path}: cannot be written ({error.strerror}). Choose another --out.") from None
+
+    def finish(self, results: dict[str, Any], *, failure: str | None) -> None:
+        """Mark the run complete, with its headline results and why it failed its gate, if it did."""
+        info = self.info
+        assert info is not None
+        write_json_atomic(self.path / RUN_FILE, {**info, "complete": True, "failure": failure, "results": results})
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def make_loadable(self) -> None:
+        """Let the run itself load as a model directory: an index that points into 4-model, and copies of the small files."""
+        for file in self.model.iterdir():
+            if file.suffix == ".safetensors":
+                continue
+            if file.name == WEIGHT_INDEX:
+                index = json.loads(file.read_text(encoding="utf-8"))
+                index["weight_map"] = {name: f"{self.model.name}/{shard}" for name, shard in index["weight_map"].items()}
+                write_json_atomic(self.path / WEIGHT_INDEX, index)
+            else:
+                shutil.copyfile(file, self.path / file.name)
+
+    def journal(self) -> dict[str, Any]:
+        """How far an unfinished run has come."""
+        file = self.work / "journal.json"
+        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+    def commit(self, entry: dict[str, Any]) -> None:
+        """Record progress: everything that the entry stands for is already on disk."""
+        write_json_atomic(self.work / "journal.json", entry)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        lock = (self.path / LOCK_FILE).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise RunError(f"{self.path}: in use by another run. Wait for it, or choose another --out.") from None
+        self._lock = lock
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name == LOCK_FILE:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def open_run(path: Path) -> RunDirectory:
+    """Open a finished run for evaluation, export or the report.
+
+    Raises:
+        RunError: no run there, or not finished.
+    """
+    run = RunDirectory(path)
+    if run.info is None:
+        raise RunError(f"{path}: not a run directory (no {RUN_FILE}). Give the --out of a bitwright quantize.")
+    if not run.is_complete:
+        raise RunError(f"{path}: the run is not finished. Give the same bitwright quantize command again to resume it.")
+    return run
