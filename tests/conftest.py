@@ -33,14 +33,10 @@ def fixed_seeds() -> None:
 def tiny_text() -> str:
     """About 40 kB of varied prose without repeated sentences; the same on every machine."""
     generator = random.Random(0)
-    subjects = "the miller|an old clock|my sister|every river|the quiet engineer|a borrowed horse|that library".split(
-        "|"
-    )
-    verbs = "counts|forgets|repairs|follows|measures|carries|paints|sells|remembers".split("|")
-    objects = "seven lamps|the winter road|a letter|bread and salt|the northern bridge|two maps|its own shadow".split(
-        "|"
-    )
-    ends = "before dawn|without a word|near the harbour|in spite of the rain|for nobody|when the bell rings".split("|")
+    subjects = ("the miller", "an old clock", "my sister", "every river", "the quiet engineer", "a borrowed horse")
+    verbs = ("counts", "forgets", "repairs", "follows", "measures", "carries", "paints", "sells", "remembers")
+    objects = ("seven lamps", "the winter road", "a letter", "bread and salt", "the northern bridge", "two maps")
+    ends = ("before dawn", "without a word", "near the harbour", "for nobody", "when the bell rings")
     parts = (subjects, verbs, objects, ends)
     sentences = [
         " ".join(generator.choice(part) for part in parts) + f" ({generator.randrange(10_000)})." for _ in range(600)
@@ -69,7 +65,7 @@ def tiny_tokenizer(tiny_text: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random float32 Llama of 2 blocks (hidden 64, FFN 128, 4 heads over 2) as a Hugging Face directory; read only."""
+    """A random float32 Llama (2 blocks, hidden 64, FFN 128, 4 heads over 2) as a Hugging Face directory; read only."""
     config = LlamaConfig(
         vocab_size=TINY_VOCABULARY,
         hidden_size=64,

@@ -15,6 +15,7 @@ from bitwright.evaluate.score import Score
 from bitwright.evaluate.streamed import Progress
 from bitwright.evaluate.streamed import evaluate as evaluate_streamed
 from bitwright.export.exporters import EXPORTERS
+from bitwright.inspection import Inspection, inspect_model
 from bitwright.outcome import CALIBRATION_TOKENS, conclude
 from bitwright.preparation import Job, max_length, open_model, prepare, text_windows
 from bitwright.recipe import Recipe
@@ -82,6 +83,14 @@ def quantize(
     info = run.info
     assert info is not None
     return QuantizeResult(run=run.path, results=info["results"], failure=info["failure"], resumed_blocks=done)
+
+
+def inspect(
+    model: str | Path, *, device: str = "cpu", trust_remote_code: bool = False, progress: Progress = no_progress
+) -> Inspection:
+    """Find a model's sites, groups and edges, and what the common schemes would weigh; changes nothing."""
+    streamed = open_model(model_directory(model), device=device, dtype="float32", trust_remote_code=trust_remote_code)
+    return inspect_model(streamed, model, progress)
 
 
 def _asked(model: str | Path, job: Job) -> dict[str, Any]:

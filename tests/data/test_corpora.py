@@ -66,9 +66,9 @@ def test_text_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"empty.txt: holds no text"):
         load_corpus(str(tmp_path / "empty.txt"))
-    with pytest.raises(DataError, match="not UTF-8 at byte 3. Convert it"):
+    with pytest.raises(DataError, match=r"not UTF-8 at byte 3\. Convert it"):
         load_corpus(str(tmp_path / "latin.txt"))
-    with pytest.raises(DataError, match="no such file. Give a text file"):
+    with pytest.raises(DataError, match=r"no such file\. Give a text file"):
         load_corpus(str(tmp_path / "absent.txt"))
     with pytest.raises(DataError, match="cannot be read"):
         load_corpus(str(tmp_path))
@@ -126,7 +126,7 @@ def test_hub_sources(source: str, call: tuple[Any, ...] | None, monkeypatch: pyt
 
 def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_datasets(monkeypatch, [])
-    with pytest.raises(DataError, match="no field 'body'.* Known: label, text"):
+    with pytest.raises(DataError, match=r"no field 'body'.* Known: label, text"):
         load_corpus("hub:owner/name", field="body")
     with pytest.raises(DataError, match="field 'label' is not text"):
         load_corpus("hub:owner/name", field="label")

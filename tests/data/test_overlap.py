@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -92,10 +90,3 @@ def test_distinct_spans_have_distinct_hashes() -> None:
 
 def test_empty_text_has_no_overlap() -> None:
     assert overlap_share(torch.tensor([], dtype=torch.int64), random_tokens(10, 0)) == 0.0
-
-
-def test_megabytes_are_quick() -> None:
-    # A bound on the order of growth, not a timing: pairwise comparison of these texts would take hours.
-    start = time.perf_counter()
-    overlap_share(random_tokens(500_000, 0), random_tokens(500_000, 1))
-    assert time.perf_counter() - start < 20

@@ -80,14 +80,14 @@ def test_another_seed_chooses_other_windows_and_more_samples_keep_the_first() ->
     [
         (
             100,
-            "c.txt: 100 tokens make 3 windows of 32, and 4 are needed. Use a longer text, or ask for at most 3 samples.",
+            "c: 100 tokens make 3 windows of 32, and 4 are needed. Use a longer text, or ask for at most 3 samples.",
         ),
-        (20, "c.txt: 20 tokens make 0 windows of 32, and 4 are needed. Use a longer text, or a seqlen of at most 20."),
+        (20, "c: 20 tokens make 0 windows of 32, and 4 are needed. Use a longer text, or a seqlen of at most 20."),
     ],
 )
 def test_too_little_calibration_text_gives_the_counts(length: int, message: str) -> None:
     with pytest.raises(DataError) as caught:
-        sample_windows(torch.arange(length), num_samples=4, seqlen=32, seed=0, source="c.txt")
+        sample_windows(torch.arange(length), num_samples=4, seqlen=32, seed=0, source="c")
     assert str(caught.value) == message
 
 

@@ -62,7 +62,7 @@ def test_snap_finds_the_nearest_value_and_equals_decode_of_encode(format: Format
 
 
 @EVERY_FORMAT
-@pytest.mark.parametrize("method", RANGE_METHODS)
+@pytest.mark.parametrize("method", list(RANGE_METHODS))
 @pytest.mark.parametrize("kind", ["tensor", "channel", "group", "token"])
 def test_every_method_and_granularity_gives_a_finite_idempotent_result(format: Format, method: str, kind: str) -> None:
     weight = torch.randn(5, 37, generator=torch.Generator().manual_seed(0))

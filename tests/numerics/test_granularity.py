@@ -1,12 +1,13 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright.errors import RecipeError
 from bitwright.numerics.granularity import Granularity, Kind, row_chunks
 
 
+@settings(deadline=None)
 @given(num_rows=st.integers(1, 5), num_columns=st.integers(1, 40), group_size=st.integers(1, 48))
 def test_split_pads_with_zeros_and_join_undoes_it(num_rows: int, num_columns: int, group_size: int) -> None:
     granularity = Granularity(kind="group", group_size=group_size)

@@ -49,7 +49,7 @@ def test_factor_of_the_inverse(dtype: torch.dtype, num_tokens: int) -> None:
     assert factor.dtype == dtype
     assert torch.equal(factor, factor.triu())
     assert (factor.diagonal() > 0).all()
-    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(24)
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(24, dtype=torch.float64)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     roundoff = torch.finfo(dtype).eps + torch.linalg.cond(damped) * torch.finfo(torch.float64).eps
     assert torch.linalg.norm(factor - expected) <= 24 * roundoff * torch.linalg.norm(expected)
@@ -69,14 +69,16 @@ def test_damping_grows_until_the_factor_exists() -> None:
 
 def test_damping_beyond_the_largest_step_is_still_used() -> None:
     factor = damped_inverse_cholesky(torch.ones(2, 2, dtype=torch.float64), 3.0)
-    torch.testing.assert_close(torch.linalg.inv(factor.T @ factor), torch.ones(2, 2).double() + 3 * torch.eye(2).double())
+    torch.testing.assert_close(
+        torch.linalg.inv(factor.T @ factor), torch.ones(2, 2).double() + 3 * torch.eye(2).double()
+    )
 
 
 @pytest.mark.parametrize(
     "hessian", [torch.tensor([[1.0, 9.0], [9.0, 1.0]]), torch.full((2, 2), torch.nan), torch.zeros(3, 3)]
 )
 def test_hopeless_hessians(hessian: torch.Tensor) -> None:
-    with pytest.raises(SingularHessian, match="no Cholesky factor up to damp 0.25"):
+    with pytest.raises(SingularHessian, match=r"no Cholesky factor up to damp 0\.25"):
         damped_inverse_cholesky(hessian, 0.01)
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright.errors import RecipeError, ShapeError, VerificationError
@@ -24,6 +24,7 @@ def test_packing_is_a_bijection(bits: int, n: int) -> None:
     assert torch.equal(unpack(words, bits, n), codes)
 
 
+@settings(deadline=None)
 @given(bits=st.sampled_from(WIDTHS), values=st.lists(st.integers(0, 255), min_size=1, max_size=80))
 def test_the_layout_is_a_little_endian_bitstream(bits: int, values: list[int]) -> None:
     values = [value % 2**bits for value in values]

@@ -1,10 +1,10 @@
 """A guard: text that was calibrated on must not be the text that is evaluated on.
 
 Both texts are cut into all their spans of 32 tokens; the share is that of the smaller set of distinct spans that the
-other also has (the overlap coefficient). It is symmetric, so that a small sample out of a large evaluation text is caught
-as well as a large calibration text that contains the evaluation text. Counting distinct spans keeps a licence header that
-opens every file from weighing more than once. Honest pairs of texts share under 1 % (two halves of Wikipedia, of
-TinyStories, of a source tree); a text and its reformatted or halved copy share over 85 %.
+other also has (the overlap coefficient). It is symmetric, so that a small sample out of a large evaluation text is
+caught as well as a large calibration text that contains the evaluation text. Counting distinct spans keeps a licence
+header that opens every file from weighing more than once. Honest pairs of texts share under 1 % (two halves of
+Wikipedia, of TinyStories, of a source tree); a text and its reformatted or halved copy share over 85 %.
 """
 
 import numpy as np

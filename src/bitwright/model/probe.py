@@ -1,11 +1,11 @@
-"""Find the structure of a block by running it: propose groups and edges from what one forward reads, then have them proven.
+"""Find the structure of a block by running it: propose from what one forward reads, then have it proven.
 
-Linears that read the same memory form a group. The norm that wrote that memory, or else the linears called just before, are
-candidates for its producer; `proof` tries them. Fused projections are proposed as contiguous row ranges only; rows interleaved
-per head (GPT-NeoX, BLOOM, Falcon-40B, the values of multi-head latent attention) therefore end up without an edge.
+Linears that read the same memory form a group. The norm that wrote that memory, or else the linears called just before,
+are candidates for its producer; `proof` tries them. Fused projections are proposed as contiguous row ranges only; rows
+interleaved per head (GPT-NeoX, BLOOM, Falcon-40B, the values of multi-head latent attention) end up without an edge.
 
-`call` runs the block once, through the module's own `__call__`, with the same result each time: evaluation mode, no cache.
-Blocks in another dtype than float32 are computed in float32 while probed, and get their weights back bit for bit.
+`call` runs the block once, through the module's own `__call__`, with the same result each time: evaluation mode, no
+cache. Blocks in another dtype than float32 are computed in float32 while probed and get their weights back bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import StructureError
 from bitwright.model.proof import Call, in_float32, prove
-from bitwright.model.sites import Site, SiteCalls, StorageKey, block_sites, find_blocks, join, storage_key
+from bitwright.model.sites import Site, SiteCalls, StorageKey, block_sites, find_blocks, join, modules_of, storage_key
 from bitwright.model.structure import BlockStructure, Edge, Group, ModelStructure, block_signature
 
 __all__ = ["capture_block_calls", "probe_head", "probe_model", "propose", "prove"]
@@ -134,6 +134,9 @@ def _trace(block: nn.Module, prefix: str, sites: Sequence[Site], call: Call) -> 
         trace.order.append(site.name)
         trace.inputs.setdefault(site.name, storage_key(x))
 
+    def on_run(_module: nn.Module, _args: object) -> None:
+        runs.append(None)
+
     def on_norm(path: str, width: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: object, out: object) -> None:
             if isinstance(out, Tensor):
@@ -143,10 +146,10 @@ def _trace(block: nn.Module, prefix: str, sites: Sequence[Site], call: Call) -> 
         return hook
 
     with ExitStack() as hooks, in_float32(block), torch.no_grad():
-        hooks.callback(block.register_forward_pre_hook(lambda *_: runs.append(None)).remove)
-        for path, module in block.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.ndim == 1:
+        hooks.callback(block.register_forward_pre_hook(on_run).remove)
+        for path, module in modules_of(block).items():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 1:
                 hooks.callback(module.register_forward_hook(on_norm(path, weight.numel())).remove)
         with SiteCalls(block, sites, on_call):
             call()
@@ -158,7 +161,7 @@ def _trace(block: nn.Module, prefix: str, sites: Sequence[Site], call: Call) -> 
 
 
 def _groups(sites: Sequence[Site], trace: _Trace) -> list[Group]:
-    """Group sites by the memory they read; unreached experts like their siblings, other uncalled sites by themselves."""
+    """Group sites by the memory they read; unreached experts like their siblings, other uncalled sites alone."""
     by_input: dict[StorageKey, list[str]] = {}
     for name in dict.fromkeys(trace.order):
         by_input.setdefault(trace.inputs[name], []).append(name)
@@ -192,8 +195,10 @@ def _candidates(sites: Sequence[Site], groups: Sequence[Group], trace: _Trace) -
             continue
         for name in _called_before(group, groups, sites, trace):
             producer = by_name[name]
-            if producer.kind != "router" and (producer.kind, producer.index) == (first.kind, first.index):
-                for rows, repeat in _row_ranges(producer.out_features, first.in_features):
+            if producer.kind == "router" or (producer.kind, producer.index) != (first.kind, first.index):
+                continue
+            for rows, repeat in _row_ranges(producer.out_features, first.in_features):
+                if repeat == 1 or producer.index is None:  # experts have no heads to repeat
                     yield Edge(
                         producer=name, kind="linear", rows=rows, repeat=repeat, head_dim=None, consumers=group.sites
                     )
@@ -212,7 +217,7 @@ def _called_before(group: Group, groups: Sequence[Group], sites: Sequence[Site],
 
 
 def _siblings_before(group: Group, groups: Sequence[Group], sites: Sequence[Site]) -> list[str]:
-    """For an expert that no token reached: the other groups of the same expert, so that its edges are listed as refused."""
+    """For an expert that no token reached: the sites of its earlier groups, so that its edges are listed as refused."""
     by_name = {site.name: site for site in sites}
     first = by_name[group.sites[0]]
     place = first.parameter.rpartition(".")[0]

@@ -1,14 +1,15 @@
 """Prove producer → consumer edges of a block by invariance: an edge that does not hold moves the output.
 
-Divide the producer's channels by random powers of two and multiply the consumers' columns by them. Powers of two are exact in
-floating point, so a true edge leaves the output where it was (to 1e-5 of what the block adds to its input, in float32), while a
-false one moves it. As positive control, scaling the producer alone must move the output a hundred times further; otherwise the
-probe is blind there and the edge is refused. A proof covers positive scales, on the inputs of the probe.
+Divide the producer's channels by random powers of two and multiply the consumers' columns by them. Powers of two are
+exact in floating point, so a true edge leaves the output where it was (to 1e-5 of what the block adds to its input, in
+float32), while a false one moves it. As positive control, scaling the producer alone must move the output a hundred
+times further; otherwise the probe is blind there and the edge is refused. A proof covers positive scales, on the inputs
+of the probe.
 
 Shapes: O out features, I in features, S scaled channels.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -37,8 +38,8 @@ def prove(
 ) -> BlockStructure:
     """Try every candidate edge and return the structure with proven and rejected edges.
 
-    Experts of one parameter are tried together, each with scales of its own. The block's weights are as before on return,
-    bit for bit.
+    Experts of one parameter are tried together, each with scales of its own. The block's weights are as before on
+    return, bit for bit.
 
     Args:
         block: the block that `structure` was proposed for.
@@ -85,12 +86,11 @@ class _Prover:
         self._block, self._prefix, self._call, self._generator = block, prefix, call, generator
         self._sites = {site.name: site for site in structure.sites}
         x, self._output = self._run()
-        same_shape = x is not None and x.shape == self._output.shape
-        contribution = self._output - x if same_shape else self._output
+        contribution = self._output - x if x is not None and x.shape == self._output.shape else self._output
         self._bound = BOUND * float(contribution.abs().max())
         if self._movement() > self._bound:
             raise StructureError(
-                f"{prefix or type(block).__name__}: gives another output when run again. Use evaluation mode and no cache."
+                f"{prefix or type(block).__name__}: another output on each run. Use evaluation mode and no cache."
             )
 
     def decide(self, batch: list[Edge]) -> tuple[list[Edge], str]:
@@ -142,8 +142,7 @@ class _Prover:
         """Return views of what the producer's channels scale: weight [S] or [S, I], and bias [S] where there is one."""
         if edge.kind != "linear":
             norm = self._block.get_submodule(self._local(edge.producer))
-            bias = norm._parameters.get("bias")
-            return cast(Tensor, norm.weight).detach(), None if bias is None else bias.detach()
+            return cast(Tensor, norm.weight).detach(), _own_tensor(norm, "bias")
         site = self._sites[edge.producer]
         rows = slice(None) if edge.rows is None else slice(*edge.rows)
         bias = self._bias(site)
@@ -152,10 +151,8 @@ class _Prover:
     def _bias(self, site: Site) -> Tensor | None:
         path, _, leaf = self._local(site.parameter).rpartition(".")
         name = "bias" if leaf == "weight" else f"{leaf}_bias"  # how transformers names the biases of 3-D experts
-        bias = self._block.get_submodule(path)._parameters.get(name)
-        if bias is None:
-            return None
-        return bias.detach() if site.index is None else bias.detach()[site.index]
+        bias = _own_tensor(self._block.get_submodule(path), name)
+        return bias if bias is None or site.index is None else bias[site.index]
 
     def _head_dim(self, edge: Edge) -> int | None:
         """Scale one producer channel and see which consumer columns change: one per repetition, a head apart."""
@@ -167,7 +164,8 @@ class _Prover:
                 bias[0].mul_(2)
             after = self._consumer_input(edge)
         width = before.shape[-1]
-        columns = (before != after).reshape(-1, width).any(0).nonzero().flatten().tolist()
+        changed = (before != after).reshape(-1, width).any(0)
+        columns = [int(column) for column in changed.nonzero()]
         if len(columns) != edge.repeat:
             return None
         head_dim = columns[1] - columns[0]
@@ -199,7 +197,7 @@ class _Prover:
         return runs[0]
 
     @contextmanager
-    def _restored(self, edges: list[Edge]) -> Iterator[None]:
+    def _restored(self, edges: list[Edge]) -> Generator[None]:
         """Put every weight that the edges touch back as it was, bit for bit."""
         names = {self._sites[name].parameter for edge in edges for name in edge.consumers}
         touched = [self._block.get_parameter(self._local(name)).detach() for name in sorted(names)]
@@ -216,6 +214,11 @@ class _Prover:
         return name[len(self._prefix) + 1 :] if self._prefix else name
 
 
+def _own_tensor(module: nn.Module, name: str) -> Tensor | None:
+    tensor = getattr(module, name, None)
+    return tensor.detach() if isinstance(tensor, Tensor) else None
+
+
 def _first_tensor(out: object) -> Tensor:
     """A block returns a tensor or a tuple that starts with one; a model returns an object with logits."""
     if isinstance(out, tuple):
@@ -224,7 +227,7 @@ def _first_tensor(out: object) -> Tensor:
 
 
 @contextmanager
-def in_float32(block: nn.Module) -> Iterator[None]:
+def in_float32(block: nn.Module) -> Generator[None]:
     """Compute a block in float32: its tensors for the time being, and the tensors it is called with."""
     tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point() and t.dtype != torch.float32]
     originals = [(t, t.data) for t in tensors]
@@ -244,8 +247,8 @@ def in_float32(block: nn.Module) -> Iterator[None]:
 def _to_float32(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_float32(each) for each in value)
-    if isinstance(value, Mapping):
-        return {key: _to_float32(each) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_to_float32(each) for each in cast(tuple[Any, ...], value))
+    if isinstance(value, dict):
+        return {key: _to_float32(each) for key, each in cast(dict[str, Any], value).items()}
     return value

@@ -1,8 +1,9 @@
 """Weight sites: every matrix of a decoder block that a linear product reads, whatever module holds it.
 
-A site is a weight, not a module. Most are the weight of an `nn.Linear`; GPT-2 stores [I, O]; in transformers 5 the experts of a
-mixture are slices of one 3-D parameter, and their routers are modules of their own. Sites are found from shapes alone, so a
-block on the meta device is enough. Which sites share an input is seen when the block runs (`SiteCalls`).
+A site is a weight, not a module. Most are the weight of an `nn.Linear`; GPT-2 stores [I, O]; in transformers 5 the
+experts of a mixture are slices of one 3-D parameter, and their routers are modules of their own. Sites are found from
+shapes alone, so a block on the meta device is enough. Which sites share an input is seen when the block runs
+(`SiteCalls`).
 
 Experts are seen one by one only if they run one by one: build the model with `experts_implementation="eager"` (or set
 `config._experts_implementation = "eager"`), because the batched implementations gather copies of the weights.
@@ -12,7 +13,7 @@ Shapes: O out features, I in features, E experts.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,6 @@ from bitwright.errors import StructureError
 SiteKind = Literal["linear", "expert", "router"]
 OnCall = Callable[["Site", Tensor], None]
 StorageKey = tuple[int, int, int]
-_Weight = tuple[
-    str, str, tuple[int, int], bool, int | None
-]  # site path, parameter, (O, I), transposed, number of experts
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -56,6 +54,18 @@ class Site:
     kind: SiteKind
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Weight:
+    """A 2-D weight, or a 3-D stack of experts, by its names inside the block."""
+
+    path: str
+    parameter: str
+    out_features: int
+    in_features: int
+    transposed: bool
+    num_experts: int | None
+
+
 def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
     """Return the name of the list of decoder blocks and the names of the blocks, in order.
 
@@ -65,14 +75,14 @@ def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
         StructureError: no `ModuleList` holds any weight matrix.
     """
     lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
             lists[name] = module
     sizes = {name: sum(parameter.ndim in (2, 3) for parameter in each.parameters()) for name, each in lists.items()}
     best = max(sizes, key=lambda name: sizes[name], default="")
     if not sizes.get(best):
         raise StructureError(
-            f"{type(model).__name__}: no list of decoder blocks. Give a decoder model whose blocks are in one ModuleList."
+            f"{type(model).__name__}: no list of decoder blocks. Give a model whose blocks are in one ModuleList."
         )
     return best, [f"{best}.{child}" for child, _ in lists[best].named_children()]
 
@@ -80,36 +90,28 @@ def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
 def block_sites(block: nn.Module, prefix: str) -> list[Site]:
     """Return the weight sites of a block, in the order of its modules.
 
-    Sites are 2-D weights and the slices of 3-D parameters. Embeddings, norms and convolutions are none. Only shapes are read.
+    Sites are 2-D weights and the slices of 3-D parameters; embeddings, norms and convolutions are not. Only shapes are
+    read.
 
     Args:
         block: a decoder block; may be on the meta device.
         prefix: its name in the full model; empty for the model itself.
     """
     weights = list(_weights(block))
-    stacks, lists = _expert_stacks(weights), _expert_lists(block)
-    experts = {**stacks, **lists}
-    in_features = {shape[1] for _, _, shape, _, _ in weights}
-    sites: list[Site] = []
-    for path, parameter, (out_width, in_width), transposed, num_experts in weights:
-        kind: SiteKind = "linear"
-        if num_experts is not None or any(_under(path, place) for place in lists):
-            kind = "expert"
-        elif any(_under(path, place.rpartition(".")[0]) and out_width == count for place, count in experts.items()) or (experts and out_width < _FEW_ROWS and out_width not in in_features):
-            kind = "router"
-        for index in [None] if num_experts is None else range(num_experts):
-            sites.append(
-                Site(
-                    name=join(prefix, path) + ("" if index is None else f"[{index}]"),
-                    parameter=join(prefix, parameter),
-                    index=index,
-                    out_features=out_width,
-                    in_features=in_width,
-                    transposed=transposed,
-                    kind=kind,
-                )
-            )
-    return sites
+    kinds = _kinds(block, weights)
+    return [
+        Site(
+            name=join(prefix, weight.path) + ("" if index is None else f"[{index}]"),
+            parameter=join(prefix, weight.parameter),
+            index=index,
+            out_features=weight.out_features,
+            in_features=weight.in_features,
+            transposed=weight.transposed,
+            kind=kind,
+        )
+        for weight, kind in zip(weights, kinds, strict=True)
+        for index in ([None] if weight.num_experts is None else range(weight.num_experts))
+    ]
 
 
 def weight_view(block: nn.Module, site: Site, prefix: str) -> Tensor:
@@ -125,9 +127,14 @@ def join(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if prefix and path else prefix or path
 
 
+def modules_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Return every module inside `module`, itself included, by path."""
+    return dict(cast(Iterable[tuple[str, nn.Module]], module.named_modules()))
+
+
 def storage_key(tensor: Tensor) -> StorageKey:
     """Identify the memory that a tensor reads: (storage pointer, offset, numel). Views that reshape keep it."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
 def _under(path: str, place: str) -> bool:
@@ -135,21 +142,44 @@ def _under(path: str, place: str) -> bool:
 
 
 def _weights(block: nn.Module) -> Iterator[_Weight]:
-    """Yield every weight in the block."""
-    for path, module in block.named_modules():
+    """Yield every weight in the block, in the order of its modules."""
+    for path, module in modules_of(block).items():
         if isinstance(module, (*_TABLES, *_CONVS)) or _is_norm(module):
             continue
-        for leaf, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            shape = tuple(parameter.shape)
-            place = path if leaf == "weight" else join(path, leaf)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            shape = parameter.shape
             if len(shape) == 2 and leaf == "weight":
-                transposed = _stores_inputs_first(module, parameter)
-                yield place, join(path, leaf), shape[::-1] if transposed else shape, transposed, None
+                num_experts, transposed = None, _stores_inputs_first(module, parameter)
             elif len(shape) == 3 and min(shape[1:]) > 1:
-                transposed = bool(getattr(module, "is_transposed", False))  # how transformers marks [E, I, O]
-                yield place, join(path, leaf), shape[:0:-1] if transposed else shape[1:], transposed, shape[0]
+                num_experts, transposed = shape[0], bool(getattr(module, "is_transposed", False))  # marks [E, I, O]
+            else:
+                continue
+            yield _Weight(
+                path=path if leaf == "weight" else join(path, leaf),
+                parameter=join(path, leaf),
+                out_features=shape[-1] if transposed else shape[-2],
+                in_features=shape[-2] if transposed else shape[-1],
+                transposed=transposed,
+                num_experts=num_experts,
+            )
+
+
+def _kinds(block: nn.Module, weights: Sequence[_Weight]) -> list[SiteKind]:
+    """Tell experts and routers from the rest; routers exist only beside experts."""
+    stacks = {weight.parameter.rpartition(".")[0]: weight.num_experts for weight in weights if weight.num_experts}
+    lists = _expert_lists(block)
+    beside = {place.rpartition(".")[0]: number for place, number in {**stacks, **lists}.items()}
+    widths = {weight.in_features for weight in weights}
+    kinds: list[SiteKind] = []
+    for weight in weights:
+        out = weight.out_features
+        if weight.num_experts or any(_under(weight.path, place) for place in lists):
+            kinds.append("expert")
+        elif any(_under(weight.path, place) and out == number for place, number in beside.items()):
+            kinds.append("router")
+        else:
+            kinds.append("router" if beside and out < _FEW_ROWS and out not in widths else "linear")
+    return kinds
 
 
 def _stores_inputs_first(module: nn.Module, weight: Tensor) -> bool:
@@ -162,20 +192,13 @@ def _is_norm(module: nn.Module) -> bool:
     return any("eps" in name and isinstance(value, float) for name, value in vars(module).items())
 
 
-def _expert_stacks(weights: Iterable[_Weight]) -> dict[str, int]:
-    """Map the path of every module with 3-D weights to its number of experts."""
-    return {parameter.rpartition(".")[0]: num for _, parameter, _, _, num in weights if num is not None}
-
-
 def _expert_lists(block: nn.Module) -> dict[str, int]:
     """Map the path of every list of modules with weights inside the block to its length: experts that are modules."""
+    lists = {path: each for path, each in modules_of(block).items() if path and isinstance(each, nn.ModuleList)}
     return {
-        path: len(module)
-        for path, module in block.named_modules()
-        if path
-        and isinstance(module, nn.ModuleList)
-        and len(module) > 1
-        and any(p.ndim == 2 for p in module.parameters())
+        path: len(each)
+        for path, each in lists.items()
+        if len(each) > 1 and any(parameter.ndim == 2 for parameter in each.parameters())
     }
 
 
@@ -192,8 +215,8 @@ _PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
 class SiteCalls(TorchFunctionMode):
     """While active, calls `on_call(site, x)` before every product of activations x [..., I] with the weight of a site.
 
-    Weights are recognised by their memory, so transposed views and slices of 3-D parameters count. A weight that the model
-    casts first (a router computed in float32 beside bfloat16 weights) is a copy and is not seen.
+    Weights are recognised by their memory, so transposed views and slices of 3-D parameters count. A weight that the
+    model casts first (a router computed in float32 beside bfloat16 weights) is a copy and is not seen.
 
     Args:
         block: the block whose weights are in memory; they must stay in place while this is active.
@@ -232,6 +255,7 @@ class SiteCalls(TorchFunctionMode):
         site = self._sites.get(key)
         if site is not None:
             self._on_call(site, x)
+            return
         for expert in self._stacks.get(key, []) if x.ndim == 3 else []:
             assert expert.index is not None
             self._on_call(expert, x[expert.index])

@@ -1,15 +1,15 @@
 """The structure of a model as data: blocks, sites, groups that share an input, and proven producer → consumer edges.
 
-An edge says: divide the producer's channels by any s > 0 and multiply the consumers' columns by it, and the block computes the
-same function. Smoothing, activation-aware scaling and clipping in pairs are all built on edges. Everything here is plain data
+An edge says: divide the producer's channels by any s > 0 and multiply the consumers' columns by it, and the block
+computes the same function. Smoothing and activation-aware scaling are built on edges. Everything here is plain data
 that goes to JSON and back; `probe` finds it.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -31,7 +31,7 @@ class Edge:
 
     Attributes:
         producer: path of the norm, or name of the linear site.
-        kind: norm (scales by its weight), norm_plus_one (scales by 1 + weight), linear (rows of a weight, and its bias).
+        kind: norm (scales by its weight), norm_plus_one (scales by 1 + weight), linear (rows of a weight and its bias).
         rows: first and end row of a fused producer that the consumers read; None for all.
         repeat: how many consumer heads read each producer head (grouped-query attention); 1 otherwise.
         head_dim: channels per head where repeat > 1; None otherwise.
@@ -87,23 +87,40 @@ class BlockStructure:
     rejected: tuple[RejectedEdge, ...]
     uncalled: tuple[str, ...]
 
+    def renamed(self, name: str) -> "BlockStructure":
+        """Return the structure of another block of the same kind (equal signature), called `name`."""
+
+        def here(old: str) -> str:
+            return name + old[len(self.name) :]
+
+        def all_here(old: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(here(each) for each in old)
+
+        return replace(
+            self,
+            name=name,
+            sites=tuple(replace(s, name=here(s.name), parameter=here(s.parameter)) for s in self.sites),
+            groups=tuple(Group(sites=all_here(group.sites)) for group in self.groups),
+            candidates=tuple(
+                replace(e, producer=here(e.producer), consumers=all_here(e.consumers)) for e in self.candidates
+            ),
+            edges=tuple(replace(e, producer=here(e.producer), consumers=all_here(e.consumers)) for e in self.edges),
+            rejected=tuple(
+                replace(e, producer=here(e.producer), consumers=all_here(e.consumers)) for e in self.rejected
+            ),
+            uncalled=all_here(self.uncalled),
+        )
+
     def with_proof_of(self, proven: "BlockStructure") -> "BlockStructure":
-        """Take over the edges proven on another block.
+        """Take over the edges proven on another block; sites, groups and uncalled stay as seen here.
 
         Raises:
             ValueError: the blocks differ in parameter names or shapes.
         """
         if self.signature != proven.signature:
             raise ValueError(f"{self.name} and {proven.name} differ in parameters; prove each by itself")
-
-        def here(name: str) -> str:
-            return self.name + name[len(proven.name) :]
-
-        edges = (replace(e, producer=here(e.producer), consumers=tuple(map(here, e.consumers))) for e in proven.edges)
-        rejected = (
-            replace(r, producer=here(r.producer), consumers=tuple(map(here, r.consumers))) for r in proven.rejected
-        )
-        return replace(self, candidates=(), edges=tuple(edges), rejected=tuple(rejected))
+        there = proven.renamed(self.name)
+        return replace(self, candidates=(), edges=there.edges, rejected=there.rejected)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,10 +166,10 @@ def substeps(structure: BlockStructure) -> list[tuple[str, ...]]:
 
 
 def collection_passes(structure: BlockStructure) -> list[tuple[tuple[str, ...], ...]]:
-    """Return the sub-steps with those that no other depends on side by side taken together.
+    """Return the sub-steps with the same step of all experts taken together; each entry holds groups, not sites.
 
-    The experts of one layer do not read each other's outputs, so one run of the block serves the same step of all of them:
-    two passes for gate_up and down instead of two per expert.
+    Experts of one layer do not read each other's outputs, so one run of the block serves them all: two passes for
+    gate_up and down instead of two per expert.
     """
     steps: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     sites = {site.name: site for site in structure.sites}
@@ -176,7 +193,4 @@ def _block_from_json(data: Mapping[str, Any]) -> BlockStructure:
 
 
 def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-        for key, value in data.items()
-    }
+    return {key: tuple(cast(list[Any], value)) if isinstance(value, list) else value for key, value in data.items()}

@@ -2,7 +2,8 @@
 
 Rounding. In a cell of width s the density is nearly flat, so that the rounding error is uniform on [-s/2, s/2]: mean 0,
 variance s²/12. Clipping. A value beyond the outermost grid value c errs by its distance to c. Together, for a grid of
-step s whose values run from `lower` to `upper`:
+step s whose values run from `lower` to `upper` (exact up to the curvature of the density over a cell; the edge of the
+uniform distribution is a jump and counts exactly only when it falls on the border of a cell):
 
     MSE = s²/12 · P(lower <= x <= upper) + E[(x - upper)²; x > upper] + E[(lower - x)²; x < lower]
 

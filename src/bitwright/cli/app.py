@@ -1,0 +1,252 @@
+"""The command line: parse, call the pipeline, print, and turn errors into one line and an exit code.
+
+Exit codes: 0 good; 1 the result failed verification or a quality gate; 2 bad input; 130 interrupted.
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bitwright.cli.console import ProgressBars
+from bitwright.errors import BitwrightError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+
+Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
+Device = Annotated[str, typer.Option(help="Where blocks are computed: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="Compute type: float32, bfloat16 or float16.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+
+
+@app.command()
+def inspect(
+    model: Model, as_json: AsJson = False, device: Device = "cpu", quiet: Quiet = False, trust_remote_code: RemoteCode = False
+) -> None:
+    """Show sites, groups, edges and sizes of a model, and what each common scheme would weigh."""
+    from bitwright.cli.tables import inspection_tables
+    from bitwright.pipeline import inspect as run
+
+    with ProgressBars(quiet=quiet or as_json) as progress:
+        found = run(model, device=device, trust_remote_code=trust_remote_code, progress=progress)
+    if as_json:
+        _print_json(found.to_json())
+    elif not quiet:
+        _print(*inspection_tables(found))
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Run directory; the same command resumes an interrupted run.")],
+    scheme: Annotated[str | None, typer.Option(help="W<bits>A16[-g<size>|-channel|-tensor][-sym|-asym].")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn or gptq.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]], stdlib, or self.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Leave matching sites in 16 bit; may be repeated.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options given here override it.")] = None,
+    ragged: Annotated[str | None, typer.Option(help="Rows that the group size does not divide: auto, refuse, divisor.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run left in --out.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Quantize a model into a run directory, measure what was lost, and fail if it is too much."""
+    from bitwright.cli.tables import run_table
+    from bitwright.pipeline import quantize as run
+    from bitwright.recipe import Recipe, load_recipe
+
+    calibrate = {"text": calibration, "num_samples": samples, "seqlen": seqlen, "seed": seed}
+    given: dict[str, Any] = {"scheme": scheme, "method": method, "ragged": ragged, "max_kl": max_kl}
+    mapping = (Recipe() if recipe is None else load_recipe(recipe)).to_mapping()
+    mapping.update({key: value for key, value in given.items() if value is not None})
+    mapping["calibration"].update({key: value for key, value in calibrate.items() if value is not None})
+    mapping["ignore"] = [*mapping["ignore"], *(ignore or [])]
+    with ProgressBars(quiet=quiet or as_json) as progress:
+        result = run(
+            model,
+            Recipe.from_mapping(mapping, where="options"),
+            out,
+            fresh=fresh,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        _print_json({"run": str(result.run), "failure": result.failure, **result.results})
+    elif not quiet:
+        _print(run_table(result))
+    if result.failure is not None:
+        _fail(f"{result.run}: {result.failure}", 1)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="Model directory, hub id or run directory.")],
+    text: Annotated[str, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]] or stdlib:heldout.")],
+    reference: Annotated[str | None, typer.Option(help="Also measure the divergence from this model.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Context length; the model's own, at most 2048, unless given.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the score as JSON; '-' prints it.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    quiet: Quiet = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure perplexity and, against a reference, KL divergence and same-top-1."""
+    from bitwright.cli.tables import score_table
+    from bitwright.pipeline import evaluate as run
+    from bitwright.records import write_json_atomic
+
+    to_stdout = json_file is not None and str(json_file) == "-"
+    with ProgressBars(quiet=quiet or to_stdout) as progress:
+        score, circumstances = run(
+            target,
+            text,
+            reference=reference,
+            seqlen=seqlen,
+            max_windows=windows,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    entry = {**circumstances, **asdict(score)}
+    if to_stdout:
+        _print_json(entry)
+        return
+    if json_file is not None:
+        write_json_atomic(json_file, entry)
+    if not quiet:
+        _print(score_table(score, circumstances))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Finished run directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    to: Annotated[str, typer.Option(help="Format: compressed-tensors.")] = "compressed-tensors",
+    verify: Annotated[bool, typer.Option(help="Load the export with its engine and compare weights and logits.")] = True,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Write a run's model for an engine, and prove that the engine reads what was decided."""
+    from bitwright.pipeline import export as write
+
+    with ProgressBars(quiet=quiet or as_json) as progress:
+        comparison = write(run, to, out, verify=verify, trust_remote_code=trust_remote_code, progress=progress)
+    if as_json:
+        _print_json({"out": str(out), **comparison})
+    elif not quiet:
+        checked = (
+            f"{comparison['engine']} loads it: {comparison['weights_compared']} tensors equal, "
+            f"largest logit difference {comparison['max_logit_difference']:.2g} (allowed {comparison['logit_bound']:.2g})"
+            if comparison
+            else "not verified"
+        )
+        _print(f"{out}: {checked}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Finished run directory.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; 7-report.html in the run unless given.")] = None,
+) -> None:
+    """Write one self-contained HTML file: what was done, what was lost and where, sizes and timings."""
+    from bitwright.report.page import write_report
+
+    _print(str(write_report(run, out)))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the demo's runs and report go.")] = Path("runs/demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the embedded demo model five ways, compare, and write the report."""
+    from bitwright.cli.tables import demo_table
+    from bitwright.demo import run_demo
+
+    with ProgressBars(quiet=quiet) as progress:
+        rows, page = run_demo(out, progress)
+    _print(demo_table(rows), f"report: {page}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, which devices there are, what is missing and how to get it."""
+    from bitwright.cli.tables import doctor_table
+    from bitwright.diagnosis import diagnose_installation
+
+    found = diagnose_installation()
+    if as_json:
+        _print_json(found)
+    else:
+        _print(doctor_table(found))
+
+
+def main() -> None:
+    """Entry point: one line per error, the right exit code, never a traceback for what the user can mend."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        status = app(standalone_mode=False)
+    except BitwrightError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command resumes the run", 130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        from click.exceptions import Abort, ClickException
+
+        if isinstance(error, Abort):
+            _fail("interrupted; the same command resumes the run", 130)
+        if isinstance(error, ClickException):
+            _fail(error.format_message(), 2)
+        if isinstance(error, OSError):
+            _fail(_describe_os_error(error), 2)
+        raise
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _describe_os_error(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}. Free space or choose a place that can be written; the same command resumes."
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"bitwright: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _print(*things: Any) -> None:
+    console = Console()
+    for thing in things:
+        console.print(thing, soft_wrap=isinstance(thing, str), highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+if __name__ == "__main__":
+    main()
