@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 from bitwright.errors import VerificationError
-from bitwright.evaluate.streamed import Progress
 from bitwright.pipeline import evaluate, quantize
 from bitwright.preparation import open_model
+from bitwright.progress import Progress
 from bitwright.recipe import Calibration, Recipe, Scheme
 from bitwright.report.page import write_comparison, write_report
 

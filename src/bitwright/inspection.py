@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BitwrightError
-from bitwright.evaluate.streamed import Progress
 from bitwright.model.probe import probe_head, propose, prove
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import BlockStructure, ModelStructure, block_signature
 from bitwright.preflight import estimate
 from bitwright.preparation import model_sites
+from bitwright.progress import Progress
 from bitwright.recipe import Recipe, Scheme, resolve
 
 PROBE_WINDOWS, PROBE_TOKENS = 4, 32

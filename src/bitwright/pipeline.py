@@ -12,22 +12,18 @@ from safetensors import safe_open
 from bitwright.data.overlap import require_disjoint
 from bitwright.errors import RunError
 from bitwright.evaluate.score import Score
-from bitwright.evaluate.streamed import Progress
 from bitwright.evaluate.streamed import evaluate as evaluate_streamed
 from bitwright.export.exporters import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
 from bitwright.outcome import CALIBRATION_TOKENS, conclude
 from bitwright.preparation import Job, max_length, open_model, prepare, text_windows
+from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
 from bitwright.runs import RUN_FILE, RunDirectory, open_run
 from bitwright.walk import Walk
 
 LONGEST_DEFAULT_WINDOW = 2048
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Progress reporter that says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

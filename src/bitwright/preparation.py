@@ -13,13 +13,13 @@ from bitwright.calibration.self_text import generate_windows
 from bitwright.data.corpora import load_corpus
 from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
 from bitwright.errors import CheckpointError, DataError, RecipeError
-from bitwright.evaluate.streamed import Progress
 from bitwright.export.compressed_tensors import check_site
 from bitwright.methods.solvers import SOLVERS
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.sites import Site, block_sites
 from bitwright.model.stream import StreamedModel
 from bitwright.preflight import Estimate, check, estimate
+from bitwright.progress import Progress
 from bitwright.recipe import Plan, Recipe, resolve
 from bitwright.runs import RunDirectory
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bitwright.calibration.collect import SiteStats, collect
 from bitwright.errors import VerificationError
-from bitwright.evaluate.streamed import Progress, batch_slices, enter_all
+from bitwright.evaluate.streamed import batch_slices, enter_all
 from bitwright.export.compressed_tensors import ModelWriter, reread_equals
 from bitwright.methods.solvers import SOLVERS
 from bitwright.model.activations import Activations
@@ -30,6 +30,7 @@ from bitwright.model.structure import collection_passes
 from bitwright.numerics.metrics import sqnr_db
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import fit_grid
+from bitwright.progress import Progress
 from bitwright.recipe import Plan, Recipe, SitePlan
 from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory

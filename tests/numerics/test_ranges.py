@@ -111,6 +111,16 @@ def test_both_signs_of_the_scale_are_used() -> None:
         assert torch.equal(grid.fake_quantize(weight), weight)
 
 
+def test_search_moves_the_zero_point_to_clip_one_side_only() -> None:
+    # One positive outlier: values -3, -2, -1, 0 need z = 3, where the whole range asks for z = 1.
+    weight = torch.tensor([[-3.0, -2.0, -1.0, 0.0, 2.9] + [-3.0, -2.0, -1.0] * 20])
+    minmax, found = (fit_grid(weight, FORMATS["uint2"], CHANNEL, method=method) for method in ("minmax", "mse"))
+    assert found.zero_point is not None
+    assert minmax.zero_point is not None
+    assert found.zero_point.item() == minmax.zero_point.item() + 1
+    assert loss(weight, found).item() < 0.5 * loss(weight, minmax).item()
+
+
 @pytest.mark.parametrize("name", ["int2", "int4", "int8"])
 def test_minmax_covers_the_range_with_the_smallest_step(name: str) -> None:
     weight, format = heavy(6, 50), FORMATS[name]

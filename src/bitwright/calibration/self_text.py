@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from bitwright.errors import ResourceError
-from bitwright.evaluate.streamed import Progress
 from bitwright.model.checkpoint import Checkpoint
+from bitwright.progress import Progress
 
 WINDOWS_PER_BATCH = 32
 

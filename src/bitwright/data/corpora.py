@@ -18,7 +18,7 @@ from bitwright.data.stdlib import stdlib_documents
 from bitwright.errors import DataError, MissingDependency, did_you_mean
 
 HUB_PREFIX = "hub:"
-STDLIB_SPLITS = {"stdlib": "train", "stdlib:heldout": "heldout"}
+STDLIB_SPLITS = {"stdlib": "calibration", "stdlib:heldout": "heldout"}
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HELD_OUT_PERCENT = 6
+CALIBRATION_PERCENT = 8
 MIN_CHARACTERS = 2_000
 TABLE_FOLDERS = ("encodings", "site-packages", "dist-packages", "lib2to3", "config-")
 
@@ -18,7 +19,7 @@ def stdlib_documents(split: str, *, with_tests: bool = False) -> Iterator[tuple[
     """Yield `(path, text)` of the running Python's own source files, in a fixed order.
 
     Args:
-        split: "train" or "heldout"; disjoint sets of files.
+        split: "heldout"; "train", all other files; or "calibration", a small part of "train".
         with_tests: also yield CPython's test suite (only in "train"; some installations lack it).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -28,8 +29,7 @@ def stdlib_documents(split: str, *, with_tests: bool = False) -> Iterator[tuple[
         is_test = top == "test" or "/test" in name
         if top.startswith(TABLE_FOLDERS) or (is_test and not with_tests):
             continue
-        held_out = not is_test and _bucket(name) < HELD_OUT_PERCENT
-        if held_out != (split == "heldout"):
+        if not _belongs(split, 100 if is_test else _bucket(name)):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -37,6 +37,13 @@ def stdlib_documents(split: str, *, with_tests: bool = False) -> Iterator[tuple[
             continue  # a few test files are deliberately not UTF-8
         if len(text) >= MIN_CHARACTERS:
             yield name, text
+
+
+def _belongs(split: str, bucket: int) -> bool:
+    if split == "heldout":
+        return bucket < HELD_OUT_PERCENT
+    last = HELD_OUT_PERCENT + CALIBRATION_PERCENT if split == "calibration" else 101
+    return HELD_OUT_PERCENT <= bucket < last
 
 
 def _bucket(name: str) -> int:

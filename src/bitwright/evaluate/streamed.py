@@ -3,7 +3,6 @@
 Shapes: N windows, T tokens, D hidden size.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -11,11 +10,9 @@ from torch import Tensor
 from bitwright.evaluate.score import Score, Scorer
 from bitwright.model.activations import Activations
 from bitwright.model.stream import StreamedModel
+from bitwright.progress import Progress
 
 TOKENS_PER_BATCH = 4096
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 
 
 def batch_slices(num_windows: int, seqlen: int) -> list[tuple[int, int]]:

@@ -168,17 +168,18 @@ def _kinds(block: nn.Module, weights: Sequence[_Weight]) -> list[SiteKind]:
     """Tell experts and routers from the rest; routers exist only beside experts."""
     stacks = {weight.parameter.rpartition(".")[0]: weight.num_experts for weight in weights if weight.num_experts}
     lists = _expert_lists(block)
-    beside = {place.rpartition(".")[0]: number for place, number in {**stacks, **lists}.items()}
+    counts = {place.rpartition(".")[0]: number for place, number in {**stacks, **lists}.items()}
     widths = {weight.in_features for weight in weights}
     kinds: list[SiteKind] = []
     for weight in weights:
         out = weight.out_features
+        beside = [number for place, number in counts.items() if _under(weight.path, place)]
         if weight.num_experts or any(_under(weight.path, place) for place in lists):
             kinds.append("expert")
-        elif any(_under(weight.path, place) and out == number for place, number in beside.items()):
+        elif out in beside or (beside and out < _FEW_ROWS and out not in widths):
             kinds.append("router")
         else:
-            kinds.append("router" if beside and out < _FEW_ROWS and out not in widths else "linear")
+            kinds.append("linear")
     return kinds
 
 
@@ -223,20 +224,22 @@ class SiteCalls(TorchFunctionMode):
         sites: its sites, as `block_sites` returns them.
         on_call: receives the site and its inputs; may raise to stop the forward.
     Raises:
-        StructureError: a site is not in this block.
+        StructureError: a site is not in this block; or, during the forward, a weight is not oriented as its site says.
     """
 
     def __init__(self, block: nn.Module, sites: Sequence[Site], on_call: OnCall) -> None:
         super().__init__()
         self._on_call = on_call
-        self._sites: dict[StorageKey, Site] = {}
-        self._stacks: dict[StorageKey, list[Site]] = {}
+        self._products: dict[StorageKey, list[tuple[Site, Tensor]]] = {}  # memory -> the sites it holds, as [O, I]
         prefix = _prefix_of(block, sites)
         for site in sites:
-            self._sites[storage_key(weight_view(block, site, prefix))] = site
-            if site.index is not None:
-                whole = block.get_parameter(site.parameter[len(prefix) + 1 :] if prefix else site.parameter)
-                self._stacks.setdefault(storage_key(whole), []).append(site)
+            view = weight_view(block, site, prefix)
+            self._products[storage_key(view)] = [(site, view)]
+        for site in sites:
+            whole = block.get_parameter(site.parameter[len(prefix) + 1 :] if prefix else site.parameter)
+            if site.index is not None and len(whole) > 1:
+                stack = self._products.setdefault(storage_key(whole), [])
+                stack.append((site, weight_view(block, site, prefix)))
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -247,18 +250,20 @@ class SiteCalls(TorchFunctionMode):
         if places is not None:
             x, weight = (args[place] if place < len(args) else kwargs.get(name) for place, name in places)
             if isinstance(x, Tensor) and isinstance(weight, Tensor):
-                self._report(x, weight)
+                self._report(x, weight, reads_inputs_first=func is not functional.linear)
         return func(*args, **kwargs)
 
-    def _report(self, x: Tensor, weight: Tensor) -> None:
-        key = storage_key(weight)
-        site = self._sites.get(key)
-        if site is not None:
-            self._on_call(site, x)
-            return
-        for expert in self._stacks.get(key, []) if x.ndim == 3 else []:
-            assert expert.index is not None
-            self._on_call(expert, x[expert.index])
+    def _report(self, x: Tensor, weight: Tensor, *, reads_inputs_first: bool) -> None:
+        read = weight[0] if weight.ndim == 3 else weight
+        for site, view in self._products.get(storage_key(weight), []):
+            expected = view.T if reads_inputs_first else view
+            if (read.shape, read.stride()) != (expected.shape, expected.stride()):
+                raise StructureError(
+                    f"{site.parameter}: stored [{'O, I' if site.transposed else 'I, O'}] without saying so; "
+                    "this architecture cannot be quantized yet."
+                )
+            is_batch = weight.ndim == 3 and x.ndim == 3 and site.index is not None
+            self._on_call(site, x[site.index] if is_batch else x)
 
 
 def _prefix_of(block: nn.Module, sites: Sequence[Site]) -> str:

@@ -155,7 +155,7 @@ def mse(samples: Samples, format: Format, scale_dtype: torch.dtype) -> tuple[Ten
     """Search shrunken ranges for the least (importance-weighted) squared error; never worse than `minmax`.
 
     Exhaustive over `SHRINK_FACTORS`, so that a better objective or a superset of codes can never lose to a local
-    minimum. With a full symmetric range both signs of the scale are tried.
+    minimum. With a full symmetric range both signs of the scale are tried; with a zero point, its neighbours too.
 
     Reference:
         The importance matrix of llama.cpp and the weighted clip of AutoRound; ours searches both signs and measures the
@@ -196,8 +196,11 @@ def _candidates(
     wide = wide_dtype(low.device)
     low, high = low.to(wide), high.to(wide)
     if not format.symmetric:
-        for factor in SHRINK_FACTORS[1:]:
-            yield _affine(low * factor, high * factor, format, scale_dtype)
+        for factor in SHRINK_FACTORS:
+            scale, zero_point = _affine(low * factor, high * factor, format, scale_dtype)
+            # Shrinking both ends alike keeps the zero point; its neighbours clip one end more than the other.
+            for shift in (0, -1, 1):
+                yield scale, (zero_point + shift).clamp_(int(format.min_value), int(format.max_value))
         return
     # The candidates are those of the restricted range, so that the full range can only gain from its extra code.
     reach = torch.maximum(high, -low) / format.max_value
