@@ -180,11 +180,18 @@ def main() -> None:
             seconds = time.perf_counter() - start
             pace = (done - first) * BATCH * CONTEXT / seconds
             left = (args.steps - done) * BATCH * CONTEXT / pace / 60
-            print(f"step {done}/{args.steps}  loss {loss.item():.3f}  {pace:,.0f} tokens/s  {left:.0f} min left", flush=True)
+            print(
+                f"step {done}/{args.steps}  loss {loss.item():.3f}  {pace:,.0f} tokens/s  {left:.0f} min left",
+                flush=True,
+            )
         if done % CHECKPOINT_EVERY == 0 or done == args.steps:
             seconds = seconds_before + time.perf_counter() - start
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                     "step": done, "seconds": seconds}
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": done,
+                "seconds": seconds,
+            }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             print(f"step {done}  held-out perplexity {math.exp(mean_nll(model, heldout, 64)):.2f}", flush=True)

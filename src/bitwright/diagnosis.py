@@ -8,7 +8,19 @@ from typing import Any
 import psutil
 import torch
 
-REQUIRED = ("bitwright", "torch", "transformers", "safetensors", "numpy", "scipy", "typer", "rich", "pydantic", "plotly", "jinja2")
+REQUIRED = (
+    "bitwright",
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "typer",
+    "rich",
+    "pydantic",
+    "plotly",
+    "jinja2",
+)
 OPTIONAL = {
     "compressed-tensors": "loading and verifying exports: pip install 'bitwright[compressed-tensors]'",
     "datasets": "hub data sets as text: pip install 'bitwright[data]'",

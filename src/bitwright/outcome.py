@@ -25,7 +25,9 @@ from bitwright.walk import Walk
 CALIBRATION_TOKENS = "calibration_tokens"
 
 
-def conclude(job: Job, run: RunDirectory, walk: Walk, gate: Activations, reference: Activations, seconds: float) -> None:
+def conclude(
+    job: Job, run: RunDirectory, walk: Walk, gate: Activations, reference: Activations, seconds: float
+) -> None:
     """Complete the model directory, measure the loss, write every artefact and mark the run finished.
 
     Raises:
@@ -62,7 +64,9 @@ def _check_coverage(job: Job, run: RunDirectory) -> None:
     original = job.model.skeleton.checkpoint
     missing = sorted(set(original.names) ^ set(result.names))
     if missing:
-        raise VerificationError(f"{run.model}: {len(missing)} tensors differ from the original's list, first {missing[0]}.")
+        raise VerificationError(
+            f"{run.model}: {len(missing)} tensors differ from the original's list, first {missing[0]}."
+        )
     planned = {
         stored
         for site in job.sites
@@ -125,7 +129,12 @@ def _failure(job: Job, score: Score) -> str | None:
 def _write_stats(job: Job, run: RunDirectory) -> None:
     stats: dict[str, Tensor] = {CALIBRATION_TOKENS: job.calibration.to(torch.int32)}
     for index in range(job.model.num_blocks):
-        stats.update({f"{name}.mean_square": value for name, value in load_file(run.work / f"stats-{index:05d}.safetensors").items()})
+        stats.update(
+            {
+                f"{name}.mean_square": value
+                for name, value in load_file(run.work / f"stats-{index:05d}.safetensors").items()
+            }
+        )
     temporary = run.stats.with_suffix(".tmp")
     save_file(stats, temporary)
     temporary.replace(run.stats)
@@ -146,7 +155,9 @@ def _write_records(job: Job, run: RunDirectory, blocks: list[dict[str, Any]], re
     append_jsonl(run.records, {"kind": "context", **context})
     append_jsonl(run.records, {"kind": "quantize", **results})
     for block in blocks:
-        append_jsonl(run.records, {"kind": "block", **{key: block[key] for key in ("block", "seconds", "hidden_sqnr_db")}})
+        append_jsonl(
+            run.records, {"kind": "block", **{key: block[key] for key in ("block", "seconds", "hidden_sqnr_db")}}
+        )
         for site in block["sites"]:
             append_jsonl(run.records, {"kind": "site", "block": block["block"], **site})
     for name in job.plan.kept:

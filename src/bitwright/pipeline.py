@@ -63,7 +63,14 @@ def quantize(
     begun = time.perf_counter()
     run = RunDirectory(Path(out))
     job = prepare(
-        model, recipe, run, fresh=fresh, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress
+        model,
+        recipe,
+        run,
+        fresh=fresh,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     done = 0
     if fresh or not run.is_complete:
@@ -90,7 +97,12 @@ def inspect(
 
 
 def _asked(model: str | Path, job: Job) -> dict[str, Any]:
-    return {"model": str(model), "recipe": job.recipe.to_mapping(), "model_hash": job.model_hash, "data_hash": job.data_hash}
+    return {
+        "model": str(model),
+        "recipe": job.recipe.to_mapping(),
+        "model_hash": job.model_hash,
+        "data_hash": job.data_hash,
+    }
 
 
 def model_directory(target: str | Path) -> str | Path:
@@ -140,11 +152,19 @@ def _require_unseen(run: RunDirectory, windows: Any, text: str) -> None:
     with safe_open(run.stats, framework="pt") as handle:  # pyright: ignore[reportUnknownVariableType]
         calibration = handle.get_tensor(CALIBRATION_TOKENS)
     if calibration.numel():
-        require_disjoint(calibration.long(), windows, calibration_source=f"{run.path}'s calibration", evaluation_source=text)
+        require_disjoint(
+            calibration.long(), windows, calibration_source=f"{run.path}'s calibration", evaluation_source=text
+        )
 
 
 def export(
-    run: str | Path, to: str, out: str | Path, *, verify: bool = True, trust_remote_code: bool = False, progress: Progress = no_progress
+    run: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write a finished run's model for an engine, load it with that engine and compare.
 

@@ -37,7 +37,9 @@ class Estimate:
     quantized_bits_per_weight: float
 
 
-def estimate(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows: int, num_gate: int, seqlen: int) -> Estimate:
+def estimate(
+    model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows: int, num_gate: int, seqlen: int
+) -> Estimate:
     """Predict sizes from shapes alone."""
     stored = model.skeleton.checkpoint.stored
     quantized_bits = quantized_weights = replaced_bytes = 0
@@ -75,7 +77,9 @@ def check(needed: Estimate, out: Path) -> None:
     free = shutil.disk_usage(folder).free
     disk = int((needed.model_bytes + needed.work_bytes) * DISK_MARGIN)
     if disk > free:
-        raise ResourceError(f"{out}: the run needs {_gb(disk)} of disk and {_gb(free)} are free. Free space, or choose another --out.")
+        raise ResourceError(
+            f"{out}: the run needs {_gb(disk)} of disk and {_gb(free)} are free. Free space, or choose another --out."
+        )
     available = psutil.virtual_memory().available
     if needed.memory_bytes > available:
         raise ResourceError(

@@ -64,7 +64,9 @@ def open_model(source: str | Path, *, device: str, dtype: str, trust_remote_code
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {device}: not available ({str(error).splitlines()[0]}). Use cpu.") from None
-    return StreamedModel(open_checkpoint(source), device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    return StreamedModel(
+        open_checkpoint(source), device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+    )
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
@@ -149,7 +151,13 @@ def _check_calibration(recipe: Recipe, plan: Plan) -> None:
 
 
 def _texts(
-    model: StreamedModel, recipe: Recipe, num_windows: int, num_gate: int, device: str, trust_remote_code: bool, progress: Progress
+    model: StreamedModel,
+    recipe: Recipe,
+    num_windows: int,
+    num_gate: int,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> tuple[Tensor, Tensor]:
     """Calibration and gate windows: disjoint pieces of one text, or of what the model writes itself."""
     wanted = recipe.calibration
@@ -157,7 +165,13 @@ def _texts(
     checkpoint = model.skeleton.checkpoint
     if wanted.text == SELF:
         windows = generate_windows(
-            checkpoint, total, wanted.seqlen, seed=wanted.seed, device=device, trust_remote_code=trust_remote_code, progress=progress
+            checkpoint,
+            total,
+            wanted.seqlen,
+            seed=wanted.seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     else:
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -187,4 +201,3 @@ def _byte_progress(checkpoint: Checkpoint, progress: Progress) -> Any:
         progress("check", done // 2**20, max(1, checkpoint.num_bytes // 2**20))
 
     return add
-

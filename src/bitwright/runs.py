@@ -1,8 +1,8 @@
 """The run directory: one folder per run, locked while in use, resumable after a kill, with a fingerprint of what was asked.
 
-    1-structure.json  2-stats.safetensors  3-plan.yaml  4-model/  5-records.jsonl  6-export/  7-report.html
-    run.json          what was asked, by hash, and whether it is finished
-    work/             journal and hidden states of an unfinished run; removed at the end
+1-structure.json  2-stats.safetensors  3-plan.yaml  4-model/  5-records.jsonl  6-export/  7-report.html
+run.json          what was asked, by hash, and whether it is finished
+work/             journal and hidden states of an unfinished run; removed at the end
 """
 
 import fcntl
@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
-from bitwright.errors import ResourceError, RunError
+from bitwright.errors import BitwrightError, ResourceError, RunError
 from bitwright.records import write_json_atomic
 
 RUN_FILE = "run.json"
@@ -55,18 +55,21 @@ class RunDirectory:
         """Refuse a path that is not a run directory and not free, before anything is read or touched.
 
         Raises:
-            RunError: a file, or a folder that holds something else.
+            RunError: a file, a folder that holds something else, or one that another process is working in.
             ResourceError: a place that cannot be written.
         """
         if not self.path.exists():
             parent = next(folder for folder in self.path.absolute().parents if folder.exists())
-            if not os.access(parent, os.W_OK):
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
                 raise ResourceError(f"{self.path}: {parent} cannot be written. Choose another --out.")
             return
         if not self.path.is_dir():
             raise RunError(f"{self.path}: is a file. Give a directory for the run.")
-        if self.info is None and any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
+        if self.info is None and any(not _is_own_hidden(entry) for entry in self.path.iterdir()):
             raise RunError(f"{self.path}: not empty and not a run directory. Choose another --out.")
+        if self._lock is None and (self.path / LOCK_FILE).exists():
+            self._take_lock()
+            self.release()
 
     def check(self, fingerprint: str, *, fresh: bool) -> None:
         """Refuse a folder that belongs to a run of another recipe, model or text, unless it is to be replaced.
@@ -84,21 +87,39 @@ class RunDirectory:
     def start(self, fingerprint: str, asked: dict[str, Any], *, fresh: bool) -> None:
         """Take the lock and make the folder this run's own; `fresh` discards what an earlier run left.
 
+        A kill between any two steps leaves a folder that the next start accepts: run.json is there before anything else, and
+        the journal of discarded work goes first.
+
         Raises:
-            RunError: another process is working in it.
+            RunError: another process is working in it, or has made it its own since it was checked.
             ResourceError: it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            if fresh:
-                self._clear()
-            self.work.mkdir(exist_ok=True)
-            self.model.mkdir(exist_ok=True)
-            if self.info is None:
+            self.check_place()
+            self.check(fingerprint, fresh=fresh)
+            if fresh or not (self.is_complete or self.journal()):
+                self._journal_file.unlink(missing_ok=True)
                 write_json_atomic(self.path / RUN_FILE, {"fingerprint": fingerprint, "asked": asked, "complete": False})
+                self._clear()
+            self._sweep()
+            if not self.is_complete:
+                self.work.mkdir(exist_ok=True)
+                self.model.mkdir(exist_ok=True)
         except OSError as error:
+            self.release()
             raise ResourceError(f"{self.path}: cannot be written ({error.strerror}). Choose another --out.") from None
+        except BitwrightError:
+            self.release()
+            raise
+
+    def judge(self, failure: str | None) -> None:
+        """Record why the run failed, or that it did not after all (the gate is not part of what identifies a run)."""
+        info = self.info
+        assert info is not None
+        if info.get("failure") != failure:
+            write_json_atomic(self.path / RUN_FILE, {**info, "failure": failure})
 
     def finish(self, results: dict[str, Any], *, failure: str | None) -> None:
         """Mark the run complete, with its headline results and why it failed its gate, if it did."""
@@ -110,25 +131,28 @@ class RunDirectory:
     def make_loadable(self) -> None:
         """Let the run itself load as a model directory: an index that points into 4-model, and copies of the small files."""
         for file in self.model.iterdir():
-            if file.suffix == ".safetensors":
+            if file.suffix == ".safetensors" or file.is_dir():
                 continue
             if file.name == WEIGHT_INDEX:
                 index = json.loads(file.read_text(encoding="utf-8"))
-                index["weight_map"] = {name: f"{self.model.name}/{shard}" for name, shard in index["weight_map"].items()}
+                index["weight_map"] = {
+                    name: f"{self.model.name}/{shard}" for name, shard in index["weight_map"].items()
+                }
                 write_json_atomic(self.path / WEIGHT_INDEX, index)
             else:
                 shutil.copyfile(file, self.path / file.name)
 
     def journal(self) -> dict[str, Any]:
         """How far an unfinished run has come."""
-        file = self.work / "journal.json"
+        file = self._journal_file
         return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
     def commit(self, entry: dict[str, Any]) -> None:
         """Record progress: everything that the entry stands for is already on disk."""
-        write_json_atomic(self.work / "journal.json", entry)
+        write_json_atomic(self._journal_file, entry)
 
     def release(self) -> None:
+        """Let other processes use the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -142,14 +166,33 @@ class RunDirectory:
             raise RunError(f"{self.path}: in use by another run. Wait for it, or choose another --out.") from None
         self._lock = lock
 
+    @property
+    def _journal_file(self) -> Path:
+        return self.work / "journal.json"
+
+    def _sweep(self) -> None:
+        """Remove the temporary files of a killed run, and the work folder of one killed after its last step."""
+        for folder in (self.path, self.model, self.work):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if _is_own_hidden(entry) and entry.name != LOCK_FILE:
+                    entry.unlink()
+        if self.is_complete:
+            shutil.rmtree(self.work, ignore_errors=True)
+
     def _clear(self) -> None:
         for entry in self.path.iterdir():
-            if entry.name == LOCK_FILE:
+            if entry.name in (LOCK_FILE, RUN_FILE):
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+
+def _is_own_hidden(entry: Path) -> bool:
+    """The lock, and the temporary files of `records` and of safetensors."""
+    is_temporary = entry.name.startswith(".tmp") or (entry.name.startswith(".") and entry.suffix == ".tmp")
+    return entry.name == LOCK_FILE or is_temporary
 
 
 def open_run(path: Path) -> RunDirectory:

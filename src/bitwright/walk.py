@@ -66,7 +66,14 @@ class Walk:
     """Quantizes a model block by block into a run directory. Shapes: N windows, T tokens, D hidden size."""
 
     def __init__(
-        self, model: StreamedModel, run: RunDirectory, recipe: Recipe, plan: Plan, calibration: Tensor, gate: Tensor, progress: Progress
+        self,
+        model: StreamedModel,
+        run: RunDirectory,
+        recipe: Recipe,
+        plan: Plan,
+        calibration: Tensor,
+        gate: Tensor,
+        progress: Progress,
     ) -> None:
         self.model, self.run, self.recipe, self.plan = model, run, recipe, plan
         self.progress = progress
@@ -99,7 +106,9 @@ class Walk:
                 for start, end in {end - start: (start, end) for start, end in batch_slices(*ids.shape)}.values():
                     width = self.model.enter(ids[start:end]).shape[-1]
         return {
-            stream: Activations(self._stream_path(stream, done), (*cast(tuple[int, int], tuple(ids.shape)), width), self.model.dtype)
+            stream: Activations(
+                self._stream_path(stream, done), (*cast(tuple[int, int], tuple(ids.shape)), width), self.model.dtype
+            )
             for stream, ids in self.texts.items()
         }
 
@@ -107,7 +116,8 @@ class Walk:
         start = time.perf_counter()
         name = self.model.block_names[index]
         following = {
-            stream: Activations(self._stream_path(stream, index + 1), store.shape, store.dtype) for stream, store in streams.items()
+            stream: Activations(self._stream_path(stream, index + 1), store.shape, store.dtype)
+            for stream, store in streams.items()
         }
         with self.model.block(index) as block:
             sites = block_sites(block, name)
@@ -175,7 +185,11 @@ class Walk:
                 yield batch
 
     def _collect(
-        self, block: nn.Module, sites: list[Site], groups: list[tuple[str, ...]], run_batches: Callable[[], Iterable[Any]]
+        self,
+        block: nn.Module,
+        sites: list[Site],
+        groups: list[tuple[str, ...]],
+        run_batches: Callable[[], Iterable[Any]],
     ) -> dict[str, SiteStats]:
         if "calibration" not in self.texts:
             return {name: SiteStats() for group in groups for name in group}
@@ -197,7 +211,9 @@ class Walk:
             views = [weight_view(block, site, prefix) for site in stack]
             weight = torch.cat([view.float() for view in views])
             stat = stats[stack[0].name]
-            result, method, reason = self._solve(weight, self.plan.sites[stack[0].name], stat, self._scale_dtype(stack[0]))
+            result, method, reason = self._solve(
+                weight, self.plan.sites[stack[0].name], stat, self._scale_dtype(stack[0])
+            )
             first = 0
             for site, view in zip(stack, views, strict=True):
                 part = result.rows(first, first + site.out_features)
@@ -207,7 +223,9 @@ class Walk:
                 first += site.out_features
                 yield site, part, detail
 
-    def _solve(self, weight: Tensor, entry: SitePlan, stat: SiteStats, scale_dtype: torch.dtype) -> tuple[QTensor, str, str]:
+    def _solve(
+        self, weight: Tensor, entry: SitePlan, stat: SiteStats, scale_dtype: torch.dtype
+    ) -> tuple[QTensor, str, str]:
         assert entry.scheme is not None and entry.granularity is not None and entry.method is not None
         range_method = self.recipe.range_method_for(has_statistics=stat.mean_square is not None)
         grid = fit_grid(
@@ -231,7 +249,9 @@ class Walk:
         shard = self.writer.shard_path(index)
         different = reread_equals(shard, written)
         if different:
-            raise VerificationError(f"{shard}: {different[0]} reads back differently than it was written. Check the disk.")
+            raise VerificationError(
+                f"{shard}: {different[0]} reads back differently than it was written. Check the disk."
+            )
 
     def _write_details(
         self,
@@ -266,7 +286,14 @@ class Walk:
 
 
 def _describe(
-    site: Site, entry: SitePlan, method: str, reason: str, result: QTensor, weight: Tensor, dense: Tensor, stat: SiteStats
+    site: Site,
+    entry: SitePlan,
+    method: str,
+    reason: str,
+    result: QTensor,
+    weight: Tensor,
+    dense: Tensor,
+    stat: SiteStats,
 ) -> SiteResult:
     output_sqnr = None
     if stat.gram is not None and stat.num_tokens:

@@ -20,7 +20,14 @@ WINDOWS_PER_BATCH = 32
 
 
 def generate_windows(
-    checkpoint: Checkpoint, num_windows: int, seqlen: int, *, seed: int, device: str, trust_remote_code: bool, progress: Progress
+    checkpoint: Checkpoint,
+    num_windows: int,
+    seqlen: int,
+    *,
+    seed: int,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> Tensor:
     """Return windows [N, T] of token ids sampled from the model; the same for the same seed and machine.
 
@@ -34,7 +41,8 @@ def generate_windows(
             f"{available / 1e9:.1f} GB available. Give a calibration text instead."
         )
     model = cast(
-        PreTrainedModel, AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", trust_remote_code=trust_remote_code)
+        PreTrainedModel,
+        AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", trust_remote_code=trust_remote_code),
     )
     model = cast(Any, model).to(device).eval()
     config = model.config.get_text_config()

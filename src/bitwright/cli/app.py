@@ -17,7 +17,9 @@ from rich.console import Console
 from bitwright.cli.console import ProgressBars
 from bitwright.errors import BitwrightError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+)
 
 Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 Device = Annotated[str, typer.Option(help="Where blocks are computed: cpu, cuda, cuda:1, mps.")]
@@ -29,7 +31,11 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the m
 
 @app.command()
 def inspect(
-    model: Model, as_json: AsJson = False, device: Device = "cpu", quiet: Quiet = False, trust_remote_code: RemoteCode = False
+    model: Model,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show sites, groups, edges and sizes of a model, and what each common scheme would weigh."""
     from bitwright.cli.tables import inspection_tables
@@ -57,7 +63,9 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave matching sites in 16 bit; may be repeated.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options given here override it.")] = None,
-    ragged: Annotated[str | None, typer.Option(help="Rows that the group size does not divide: auto, refuse, divisor.")] = None,
+    ragged: Annotated[
+        str | None, typer.Option(help="Rows that the group size does not divide: auto, refuse, divisor.")
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run left in --out.")] = False,
     device: Device = "cpu",
@@ -101,7 +109,9 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="Model directory, hub id or run directory.")],
     text: Annotated[str, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]] or stdlib:heldout.")],
     reference: Annotated[str | None, typer.Option(help="Also measure the divergence from this model.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Context length; the model's own, at most 2048, unless given.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Context length; the model's own, at most 2048, unless given.")
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the score as JSON; '-' prints it.")] = None,
     device: Device = "cpu",
@@ -142,7 +152,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="Finished run directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     to: Annotated[str, typer.Option(help="Format: compressed-tensors.")] = "compressed-tensors",
-    verify: Annotated[bool, typer.Option(help="Load the export with its engine and compare weights and logits.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Load the export with its engine and compare weights and logits.")
+    ] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
@@ -230,7 +242,9 @@ def main() -> None:
 
 def _describe_os_error(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}. Free space or choose a place that can be written; the same command resumes."
+    return (
+        f"{place}{error.strerror or error}. Free space or choose a place that can be written; the same command resumes."
+    )
 
 
 def _fail(message: str, status: int) -> None:

@@ -30,7 +30,9 @@ def run_table(result: "QuantizeResult") -> Table:
     table = _facts(str(result.run))
     table.add_row("gate", "failed" if result.failure else "passed")
     table.add_row("size", f"{size(r['original_size_bytes'])} → {size(r['size_bytes'])}")
-    table.add_row("bits per weight", f"{r['bits_per_weight']:.3f} over {r['num_quantized']} sites; {r['num_kept']} kept in 16 bit")
+    table.add_row(
+        "bits per weight", f"{r['bits_per_weight']:.3f} over {r['num_quantized']} sites; {r['num_kept']} kept in 16 bit"
+    )
     table.add_row("bits per parameter", f"{r['model_bits_per_parameter']:.3f}, embeddings, norms and head included")
     table.add_row("KL divergence", f"{r['kl_mean']:.5f} ± {r['kl_stderr']:.5f} nats/token, 99 %: {r['kl_p99']:.3f}")
     table.add_row("same top-1", f"{r['same_top1']:.2%} of {r['gate_tokens']} tokens no method has seen")
@@ -58,7 +60,9 @@ def inspection_tables(found: "Inspection") -> list[Table]:
     """Structure and scheme weights of a model."""
     facts = _facts(found.model)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.counts().items()))
-    facts.add_row("architecture", f"{found.architecture}, {found.num_parameters:,} parameters, {size(found.size_bytes)}")
+    facts.add_row(
+        "architecture", f"{found.architecture}, {found.num_parameters:,} parameters, {size(found.size_bytes)}"
+    )
     facts.add_row("blocks", f"{len(found.structure.blocks)} at {found.structure.blocks_path}")
     facts.add_row("sites", kinds)
     facts.add_row("head", "tied to the embedding" if found.structure.tied_head else "its own weight")
@@ -76,7 +80,9 @@ def _block_tables(found: "Inspection") -> list[Table]:
         if block.signature in seen:
             continue
         seen.add(block.signature)
-        table = Table(title=f"{block.name} ({number[block.signature]} blocks like it)", box=box.SIMPLE, title_justify="left")
+        table = Table(
+            title=f"{block.name} ({number[block.signature]} blocks like it)", box=box.SIMPLE, title_justify="left"
+        )
         for column in ("sites that share an input", "shape", "scaled by (proven edge)"):
             table.add_column(column, overflow="fold")
         sites = {site.name: site for site in block.sites}
@@ -84,7 +90,9 @@ def _block_tables(found: "Inspection") -> list[Table]:
             edges = [edge for edge in block.edges if set(edge.consumers) == set(group.sites)]
             names = ", ".join(name.removeprefix(block.name + ".") for name in group.sites)
             shapes = ", ".join(f"{sites[name].out_features}×{sites[name].in_features}" for name in group.sites)
-            table.add_row(names, shapes, ", ".join(edge.producer.removeprefix(block.name + ".") for edge in edges) or "–")
+            table.add_row(
+                names, shapes, ", ".join(edge.producer.removeprefix(block.name + ".") for edge in edges) or "–"
+            )
         if len(block.groups) > SHOWN_GROUPS:
             table.add_row(f"… {len(block.groups) - SHOWN_GROUPS} more groups (see --json)", "", "")
         tables.append(table)

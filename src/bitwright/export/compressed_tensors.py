@@ -85,7 +85,8 @@ class ModelWriter:
                 weight_map[name] = shard.name
                 total += num_bytes
         write_json_atomic(
-            self.directory / WEIGHT_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            self.directory / WEIGHT_INDEX,
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
         config = dict(self.checkpoint.config)
         config["quantization_config"] = self.quantization_config(sites, plan)
@@ -117,7 +118,9 @@ class ModelWriter:
         """Names, as stored, of all Linear modules of the model."""
         names = {name for name, module in self.skeleton.model.named_modules() if isinstance(module, nn.Linear)}
         stored = {source: name for name, sources in self.skeleton.sources.items() for source in sources}
-        direct = {source.removesuffix(".weight") for source, name in stored.items() if name.removesuffix(".weight") in names}
+        direct = {
+            source.removesuffix(".weight") for source, name in stored.items() if name.removesuffix(".weight") in names
+        }
         tied = {name for name in names if f"{name}.weight" in self.skeleton.tied_names()}
         return direct | tied
 
@@ -128,7 +131,9 @@ def tensor_sizes(shard: Path) -> dict[str, int]:
         length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(length))
     return {
-        name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+        name: entry["data_offsets"][1] - entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
     }
 
 

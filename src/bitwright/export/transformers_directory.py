@@ -43,7 +43,9 @@ def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[s
     ours = StreamedModel(checkpoint, dtype=_stored_dtype(checkpoint), trust_remote_code=trust_remote_code)
     _require_memory(ours)
     ids = torch.randint(
-        int(ours.skeleton.model.config.get_text_config().vocab_size), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
+        int(ours.skeleton.model.config.get_text_config().vocab_size),
+        (1, PROBE_TOKENS),
+        generator=torch.Generator().manual_seed(0),
     )
     theirs = _load(directory, has_experts=_has_experts(ours), trust_remote_code=trust_remote_code)
     with torch.no_grad():
@@ -56,7 +58,12 @@ def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[s
         raise VerificationError(
             f"{directory}: transformers' logits differ from ours by {difference:.3g}, more than rounding ({bound:.3g}) explains."
         )
-    return {"engine": "transformers", "weights_compared": compared, "max_logit_difference": difference, "logit_bound": bound}
+    return {
+        "engine": "transformers",
+        "weights_compared": compared,
+        "max_logit_difference": difference,
+        "logit_bound": bound,
+    }
 
 
 def _load(directory: Path, *, has_experts: bool, trust_remote_code: bool) -> nn.Module:
@@ -65,7 +72,9 @@ def _load(directory: Path, *, has_experts: bool, trust_remote_code: bool) -> nn.
     # Experts are 3-D parameters, which compressed-tensors can only load dequantized.
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if has_experts else {}
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=trust_remote_code, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", trust_remote_code=trust_remote_code, **options
+    )
     return cast(nn.Module, model).eval()
 
 

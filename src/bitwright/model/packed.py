@@ -109,7 +109,9 @@ class Packing:
                 dense = name.removesuffix("_packed")
                 parts = [dense + suffix for suffix in SUFFIXES if dense + suffix in names]
                 if f"{dense}_scale" not in names or f"{dense}_shape" not in names:
-                    raise CheckpointError(f"{self.path}: {name} has no scale or shape beside it; the file is incomplete.")
+                    raise CheckpointError(
+                        f"{self.path}: {name} has no scale or shape beside it; the file is incomplete."
+                    )
                 found[dense] = parts
         return found
 

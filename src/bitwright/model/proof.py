@@ -24,7 +24,7 @@ from bitwright.model.structure import BlockStructure, Edge, EdgeKind, RejectedEd
 Call = Callable[[], object]
 
 BOUND = 1e-5  # of the block's own contribution; float32 rounding of a sum over some thousand channels stays below
-CONTROL = 0.0  # how many bounds the output must move when the producer alone is scaled
+CONTROL = 100.0  # how many bounds the output must move when the producer alone is scaled
 _EXPONENTS = (-3, -2, -1, 1, 2, 3)  # never 0: every channel takes part in the proof
 
 NOT_EQUIVALENT = "the output moves when producer and consumers are scaled inversely"

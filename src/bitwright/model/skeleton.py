@@ -26,7 +26,9 @@ class Skeleton:
         unused: stored names that this architecture does not use (rotary caches, extra prediction heads …).
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
@@ -190,7 +192,9 @@ def _trace_rows(model: PreTrainedModel, parameter: str) -> list[tuple[str, int |
         first = int(rows.flatten()[0])
         expected = torch.arange(first, first + rows.shape[0], dtype=torch.float64).unsqueeze(1).expand(-1, 2)
         if rows.ndim != 2 or not torch.equal(rows, expected):
-            raise CheckpointError(f"{stored}: its rows are not contiguous rows of {parameter}; this layout is not supported.")
+            raise CheckpointError(
+                f"{stored}: its rows are not contiguous rows of {parameter}; this layout is not supported."
+            )
         expert, row = divmod(first, rows_per_expert)
         pieces.append((stored, expert if len(shape) == 3 else None, row, row + rows.shape[0]))
     return sorted(pieces, key=lambda piece: (piece[1] or 0, piece[2]))

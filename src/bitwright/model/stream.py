@@ -60,7 +60,12 @@ class StreamedModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
     ) -> None:
         self.skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         self.blocks_path, self.block_names = find_blocks(self.skeleton.model)
@@ -136,7 +141,9 @@ class StreamedModel:
         except (IndexError, ValueError, RuntimeError):
             if injected is not None:
                 raise
-            logits = torch.empty(0, 0)  # a tensor where the model expects a tuple, or the reverse: enter() tries the other
+            logits = torch.empty(
+                0, 0
+            )  # a tensor where the model expects a tuple, or the reverse: enter() tries the other
         finally:
             model.set_submodule(self.blocks_path, original)
         return relays, logits

@@ -1,0 +1,45 @@
+"""Writing safetensors files so that a reader, or a crash, sees a whole file or none."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitwright.errors import ResourceError
+
+
+def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace a safetensors file in one step, and wait until it is on disk.
+
+    Raises:
+        ResourceError: the disk is full or the file may not be written; the old content is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.chmod(permissions)  # what the user's umask gives; safetensors itself shuts everybody else out
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (SafetensorError, OSError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise ResourceError(
+            f"{path}: cannot be written ({reason}). Free disk space or choose another directory; the same command resumes."
+        ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
