@@ -2,9 +2,10 @@
 
     python scripts/make_random_llama.py --out build/random-llama-1.1b
 
-The default is TinyLlama's shape, 1.1 billion parameters. Weights are drawn as before training (normal with deviation 0.02, norms
-1), each from a seed made of its name, so that the same shapes give the same bytes however they are cut into shards. At most one
-shard is in memory. The tokenizer is byte-level: 256 bytes and two special tokens, so any text tokenises.
+The default is TinyLlama's shape, 1.1 billion parameters. Weights are drawn as before training (normal with deviation
+0.02, norms 1), each from a seed made of its name, so that the same shapes give the same bytes however they are cut
+into shards. At most one shard is in memory. The tokenizer is byte-level: 256 bytes and two special tokens, so any text
+tokenises.
 """
 
 import argparse

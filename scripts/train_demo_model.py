@@ -2,10 +2,10 @@
 
     python scripts/train_demo_model.py --work build/demo-model --out src/bitwright/assets/demo-model
 
-Everything is made here, from nothing: a byte-level BPE tokenizer, then the model, by Muon on the matrices and AdamW on the
-rest, with a warm-up, a constant phase and a linear decay (the trapezoid lets a run be shortened or prolonged: change
-`--steps` and start again, it resumes from the last checkpoint). A GPU is used where there is one. The model card
-(README.md beside the weights) is written from what was measured.
+Everything is made here, from nothing: a byte-level BPE tokenizer, then the model, by Muon on the matrices and AdamW on
+the rest, with a warm-up, a constant phase and a linear decay (the trapezoid lets a run be shortened or prolonged:
+change `--steps` and start again, it resumes from the last checkpoint). A GPU is used where there is one. The model
+card (README.md beside the weights) is written from what was measured.
 """
 
 import argparse
@@ -118,11 +118,11 @@ library_name: transformers
 # bitwright demo model
 
 A {parameters:,}-parameter Llama ({layers} blocks, hidden {hidden}, FFN {ffn}, {heads} heads over {kv_heads} key/value
-heads, tied embeddings, byte-level BPE vocabulary of {vocabulary}) made to show what quantization does to a trained model.
-It completes Python source code badly and is good for nothing else.
+heads, tied embeddings, byte-level BPE vocabulary of {vocabulary}), made to show what quantization does to a trained
+model. It completes Python source code badly and is good for nothing else.
 
-- **Made by** `scripts/train_demo_model.py` of this repository; tokenizer and weights both, from nothing.
-- **Trained on** the source files of CPython {python}'s standard library ({train_tokens:,} tokens; a split of its files by
+- **Made by** `scripts/train_demo_model.py` of this repository; tokenizer and weights both, from nothing. - **Trained
+on** the source files of CPython {python}'s standard library ({train_tokens:,} tokens; a split of its files by
   hash is held out), {epochs:.1f} epochs, {steps} steps of {batch} × {context} tokens.
 - **For** {hours:.2f} hours on {machine}, ended {date}.
 - **Perplexity per token** on the held-out files ({heldout_tokens:,} tokens, windows of {context}, bf16 weights):

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BitwrightError", "QuantizeResult", "Recipe", "Scheme", "__version__", "evaluate", "export", "inspect", "load_recipe",
-    "quantize", "report",
+    "BitwrightError", "QuantizeResult", "Recipe", "Scheme", "__version__", "evaluate", "export", "inspect",
+    "load_recipe", "quantize", "report",
 ]  # fmt: skip
 _FROM_RECIPE = {"Recipe", "Scheme", "load_recipe"}
 

@@ -1,7 +1,7 @@
 """`bitwright demo`: the main job on the embedded model, five ways, side by side.
 
-The model was trained by this project (scripts/train_demo_model.py) on the standard library's sources. It is calibrated on files
-that it was trained on and evaluated on files that neither training nor calibration has seen.
+The model was trained by this project (scripts/train_demo_model.py) on the standard library's sources. It is calibrated
+on files that it was trained on and evaluated on files that neither training nor calibration has seen.
 """
 
 import shutil
@@ -63,7 +63,9 @@ def run_demo(out: Path, progress: Progress) -> tuple[list[DemoRow], Path]:
         if result.failure is not None:
             raise VerificationError(f"{run}: {result.failure}")
         score, _ = evaluate(run, EVALUATION_TEXT, reference=model, max_windows=EVALUATION_WINDOWS, progress=progress)
-        assert score.kl_mean is not None and score.kl_stderr is not None and score.same_top1 is not None
+        assert score.kl_mean is not None
+        assert score.kl_stderr is not None
+        assert score.same_top1 is not None
         rows.append(
             DemoRow(
                 name=name,
@@ -79,7 +81,7 @@ def run_demo(out: Path, progress: Progress) -> tuple[list[DemoRow], Path]:
             )
         )
     notes = [
-        "The model is a small Llama trained by this project on the Python standard library's sources (see its model card).",
+        "The model is a small Llama that this project trained on the Python standard library (see its model card).",
         f"Calibration: {CALIBRATION.num_samples} windows of {CALIBRATION.seqlen} tokens of files it was trained on.",
         f"Evaluation: {EVALUATION_WINDOWS} windows of files that neither training nor calibration has seen.",
     ]

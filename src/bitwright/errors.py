@@ -1,6 +1,7 @@
 """The one exception tree. Every message says what is wrong, where, and what to do.
 
-`exit_code` is what the command line returns: 2 for bad input, 1 for a result that failed verification or a quality gate.
+`exit_code` is what the command line returns: 2 for bad input, 1 for a result that failed verification or a quality
+gate.
 """
 
 import difflib

@@ -1,10 +1,10 @@
-"""Look at a model without changing it: what can be quantized, what shares an input, which edges are proven, what schemes weigh."""
+"""Look at a model without changing it: its sites, groups and proven edges, and what common schemes would weigh."""
 
 import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ WEIGHED_SCHEMES = ("W8A16-channel", "W6A16-g128", "W4A16-g128", "W4A16-g32", "W3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchemeWeight:
-    """What a model would weigh under a scheme; `size_bytes` is None where the scheme does not fit, and `note` says why."""
+    """What a model would weigh under a scheme; no size where the scheme does not fit, and `note` says why."""
 
     scheme: str
     size_bytes: int | None
@@ -113,7 +113,7 @@ def _prove_block(model: StreamedModel, index: int, hidden: Tensor, generator: to
     with model.block(index) as block:
 
         def call() -> Tensor:
-            return cast(Tensor, model.run_block(block, index, hidden))
+            return model.run_block(block, index, hidden)
 
         return prove(block, name, call, propose(block, name, call), generator)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bitwright.errors import VerificationError
@@ -17,6 +17,7 @@ from bitwright.evaluate.streamed import compare_heads
 from bitwright.export.compressed_tensors import reread_equals
 from bitwright.model.activations import Activations
 from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.preparation import Job
 from bitwright.records import Environment, append_jsonl, write_json_atomic, write_text_atomic
 from bitwright.runs import RunDirectory
@@ -31,20 +32,22 @@ def conclude(
     """Complete the model directory, measure the loss, write every artefact and mark the run finished.
 
     Raises:
-        VerificationError: what is on disk is not what was decided. A loss above the gate does not raise: the run is marked.
+        VerificationError: what is on disk is not what was decided. A loss above the gate does not raise: the run is
+        marked.
     """
     _write_rest(job, walk)
     _check_coverage(job, run)
     score = compare_heads(job.model, gate, job.gate, job.model, reference)
     original = compare_heads(job.model, reference, job.gate, None, None)
     blocks = [_read_block(run, index) for index in range(job.model.num_blocks)]
+    seconds += sum(block["seconds"] for block in blocks[: walk.resumed_blocks])
     results = _results(job, run, blocks, score, original, seconds)
     write_json_atomic(run.structure, {"blocks": [block["structure"] for block in blocks]})
     _write_stats(job, run)
     write_text_atomic(run.plan, job.plan.to_yaml())
     _write_records(job, run, blocks, results)
     run.make_loadable()
-    run.finish(results, failure=_failure(job, score))
+    run.finish(results, failure=gate_failure(results["kl_mean"], job.recipe.max_kl))
 
 
 def _write_rest(job: Job, walk: Walk) -> None:
@@ -115,13 +118,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _failure(job: Job, score: Score) -> str | None:
-    loss = score.kl_mean
-    assert loss is not None
-    if math.isfinite(loss) and loss <= job.recipe.max_kl:
+def gate_failure(loss: float, max_kl: float) -> str | None:
+    """Why a KL divergence of `loss` nats per token fails the gate; None if it passes."""
+    if math.isfinite(loss) and loss <= max_kl:
         return None
     return (
-        f"KL divergence {loss:.3g} nats per token is above the gate of {job.recipe.max_kl:g}. "
+        f"KL divergence {loss:.3g} nats per token is above the gate of {max_kl:g}. "
         "Use more bits, smaller groups or method gptq, or raise --max-kl if this loss is intended."
     )
 
@@ -135,9 +137,7 @@ def _write_stats(job: Job, run: RunDirectory) -> None:
                 for name, value in load_file(run.work / f"stats-{index:05d}.safetensors").items()
             }
         )
-    temporary = run.stats.with_suffix(".tmp")
-    save_file(stats, temporary)
-    temporary.replace(run.stats)
+    save_tensors_atomic(run.stats, stats)
 
 
 def _write_records(job: Job, run: RunDirectory, blocks: list[dict[str, Any]], results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The verbs: inspect, quantize (which calibrates and decides on its way), evaluate, export, report. The CLI says the same words."""
+"""The verbs, as on the command line: inspect, quantize (calibrates and decides on its way), evaluate, export."""
 
 import shutil
 import tempfile
@@ -10,13 +10,13 @@ from typing import Any
 from safetensors import safe_open
 
 from bitwright.data.overlap import require_disjoint
-from bitwright.errors import RunError
+from bitwright.errors import CheckpointError, RunError, VerificationError
 from bitwright.evaluate.score import Score
 from bitwright.evaluate.streamed import evaluate as evaluate_streamed
 from bitwright.export.exporters import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
-from bitwright.outcome import CALIBRATION_TOKENS, conclude
-from bitwright.preparation import Job, max_length, open_model, prepare, text_windows
+from bitwright.outcome import CALIBRATION_TOKENS, conclude, gate_failure
+from bitwright.preparation import Job, check_seqlen, max_length, open_model, prepare, text_windows, vocabulary_size
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
@@ -44,8 +44,8 @@ class QuantizeResult:
 
 
 def quantize(
-    model: str | Path, recipe: Recipe, out: str | Path, *, fresh: bool = False, device: str = "cpu", dtype: str = "float32",
-    trust_remote_code: bool = False, progress: Progress = no_progress,
+    model: str | Path, recipe: Recipe, out: str | Path, *, fresh: bool = False, device: str = "cpu", dtype: str =
+    "float32", trust_remote_code: bool = False, progress: Progress = no_progress,
 ) -> QuantizeResult:  # fmt: skip
     """Quantize a model into a run directory; the same call resumes an interrupted run and returns a finished one.
 
@@ -76,16 +76,26 @@ def quantize(
     if fresh or not run.is_complete:
         run.start(job.fingerprint, _asked(model, job), fresh=fresh)
         try:
-            done = int(run.journal().get("completed_blocks", 0))
-            walk = Walk(job.model, run, recipe, job.plan, job.calibration, job.gate, progress)
-            gate, reference = walk.execute()
-            seconds = time.perf_counter() - begun + float(run.journal().get("earlier_seconds", 0.0))
-            conclude(job, run, walk, gate, reference, seconds)
+            done = 0 if run.is_complete else _carry_out(job, run, begun, progress)
         finally:
             run.release()
     info = run.info
     assert info is not None
-    return QuantizeResult(run=run.path, results=info["results"], failure=info["failure"], resumed_blocks=done)
+    failure = gate_failure(float(info["results"]["kl_mean"]), recipe.max_kl)
+    run.judge(failure)
+    return QuantizeResult(run=run.path, results=info["results"], failure=failure, resumed_blocks=done)
+
+
+def _carry_out(job: Job, run: RunDirectory, begun: float, progress: Progress) -> int:
+    """Do what is left of a run; return how many blocks were done before."""
+    walk = Walk(job.model, run, job.recipe, job.plan, job.calibration, job.gate, progress)
+    try:
+        gate, reference = walk.execute()
+        conclude(job, run, walk, gate, reference, time.perf_counter() - begun)
+    except VerificationError as error:
+        run.judge(str(error))
+        raise
+    return walk.resumed_blocks
 
 
 def inspect(
@@ -114,8 +124,9 @@ def model_directory(target: str | Path) -> str | Path:
 
 
 def evaluate(
-    target: str | Path, text: str, *, reference: str | Path | None = None, seqlen: int | None = None, max_windows: int | None = None,
-    device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False, progress: Progress = no_progress,
+    target: str | Path, text: str, *, reference: str | Path | None = None, seqlen: int | None = None, max_windows: int
+    | None = None, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False, progress: Progress =
+    no_progress,
 ) -> tuple[Score, dict[str, Any]]:  # fmt: skip
     """Measure perplexity on a text and, with a reference, the divergence from it.
 
@@ -123,9 +134,11 @@ def evaluate(
         the score and the circumstances (model, text, context length) that belong to it.
     Raises:
         DataError: the text is empty, too short, or overlaps the text that the run was calibrated on.
+        CheckpointError: the reference has another vocabulary.
     """
     model = open_model(model_directory(target), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    length = seqlen or min(max_length(model) or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+    longest = min(max_length(model) or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+    length = longest if seqlen is None else seqlen
     windows = text_windows(model, text, length, trust_remote_code=trust_remote_code)
     if (Path(target) / RUN_FILE).is_file():
         _require_unseen(open_run(Path(target)), windows, text)
@@ -133,6 +146,12 @@ def evaluate(
     other = None
     if reference is not None:
         other = open_model(model_directory(reference), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_seqlen(other, length)
+        if vocabulary_size(other) != vocabulary_size(model):
+            raise CheckpointError(
+                f"{reference}: knows {vocabulary_size(other)} tokens, {target} knows {vocabulary_size(model)}. "
+                "Give a reference with the same tokenizer."
+            )
     with tempfile.TemporaryDirectory(prefix="bitwright-") as work:
         score = evaluate_streamed(model, windows, Path(work), progress, reference=other)
     circumstances = {

@@ -61,7 +61,8 @@ def open_model(source: str | Path, *, device: str, dtype: str, trust_remote_code
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
     try:
-        torch.empty(0, device=device)
+        if torch.empty(1, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {device}: not available ({str(error).splitlines()[0]}). Use cpu.") from None
     return StreamedModel(
@@ -94,11 +95,15 @@ def text_windows(model: StreamedModel, text: str, seqlen: int, *, trust_remote_c
     """All windows [N, T] of a text."""
     check_seqlen(model, seqlen)
     tokenizer = load_tokenizer(model.skeleton.checkpoint, trust_remote_code=trust_remote_code)
-    return split_windows(tokenise(tokenizer, load_corpus(text).documents), seqlen=seqlen, source=text)
+    windows = split_windows(tokenise(tokenizer, load_corpus(text).documents), seqlen=seqlen, source=text)
+    _check_vocabulary(model, windows)
+    return windows
 
 
 def check_seqlen(model: StreamedModel, seqlen: int) -> None:
-    """Raises DataError for windows longer than the model's positions."""
+    """Raises DataError for windows longer than the model's positions, or too short to predict anything."""
+    if seqlen < 2:
+        raise DataError(f"--seqlen {seqlen}: a window that predicts a token has at least 2. Use 2 or more.")
     longest = max_length(model)
     if longest is not None and seqlen > longest:
         raise DataError(f"--seqlen {seqlen}: the model has {longest} positions. Use {longest} or less.")
@@ -146,7 +151,7 @@ def _check_calibration(recipe: Recipe, plan: Plan) -> None:
     needing = sorted(method for method in methods if SOLVERS[method].needs_hessian)
     if needing and recipe.calibration.text is None:
         raise RecipeError(
-            f"method {needing[0]} needs calibration text. Give --calibration FILE, hub:NAME or self, or use --method rtn."
+            f"method {needing[0]} needs calibration text. Give --calibration FILE, hub:NAME or self, or --method rtn."
         )
 
 
@@ -182,8 +187,13 @@ def _texts(
     return windows[:num_windows].contiguous(), windows[num_windows:].contiguous()
 
 
+def vocabulary_size(model: StreamedModel) -> int:
+    """How many tokens the model knows."""
+    return int(model.skeleton.model.config.get_text_config().vocab_size)
+
+
 def _check_vocabulary(model: StreamedModel, windows: Tensor) -> None:
-    size = int(model.skeleton.model.config.get_text_config().vocab_size)
+    size = vocabulary_size(model)
     largest = int(windows.max())
     if largest >= size:
         raise CheckpointError(

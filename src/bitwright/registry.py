@@ -16,6 +16,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str, entry: T) -> T:
+        """Add an entry; a name can be registered once."""
         if name in self._entries:
             raise ValueError(f"{self._kind} '{name}' is registered twice")
         self._entries[name] = entry

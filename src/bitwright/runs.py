@@ -1,4 +1,4 @@
-"""The run directory: one folder per run, locked while in use, resumable after a kill, with a fingerprint of what was asked.
+"""The run directory: one per run, locked while in use, resumable after a kill, with a fingerprint of what was asked.
 
 1-structure.json  2-stats.safetensors  3-plan.yaml  4-model/  5-records.jsonl  6-export/  7-report.html
 run.json          what was asked, by hash, and whether it is finished
@@ -8,6 +8,7 @@ work/             journal and hidden states of an unfinished run; removed at the
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,9 @@ from bitwright.records import write_json_atomic
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
+FIRST_FILES = (LOCK_FILE, f".{RUN_FILE}.tmp")
+"""All that a start killed before it wrote run.json can leave."""
+_TEMPORARY = re.compile(r"\.tmp\w{6}|\..+\.tmp")  # safetensors' own, and ours
 WEIGHT_INDEX = "model.safetensors.index.json"
 
 
@@ -42,12 +46,18 @@ class RunDirectory:
         if not file.is_file():
             return None
         try:
-            return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+            info: object = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise RunError(f"{file}: not readable as JSON ({error}). Use --fresh to start over.") from None
+            raise RunError(
+                f"{file}: not readable as JSON ({error}). Choose another --out, or remove the folder."
+            ) from None
+        if not isinstance(info, dict) or not {"fingerprint", "complete"} <= set(cast(dict[str, Any], info)):
+            raise RunError(f"{file}: not written by bitwright. Choose another directory.")
+        return cast(dict[str, Any], info)
 
     @property
     def is_complete(self) -> bool:
+        """Whether the run has come to its end, passed or failed."""
         info = self.info
         return info is not None and bool(info["complete"])
 
@@ -65,9 +75,9 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise RunError(f"{self.path}: is a file. Give a directory for the run.")
-        if self.info is None and any(not _is_own_hidden(entry) for entry in self.path.iterdir()):
+        if self.info is None and any(entry.name not in FIRST_FILES for entry in self.path.iterdir()):
             raise RunError(f"{self.path}: not empty and not a run directory. Choose another --out.")
-        if self._lock is None and (self.path / LOCK_FILE).exists():
+        if self._lock is None and os.access(self.path / LOCK_FILE, os.W_OK):
             self._take_lock()
             self.release()
 
@@ -87,8 +97,8 @@ class RunDirectory:
     def start(self, fingerprint: str, asked: dict[str, Any], *, fresh: bool) -> None:
         """Take the lock and make the folder this run's own; `fresh` discards what an earlier run left.
 
-        A kill between any two steps leaves a folder that the next start accepts: run.json is there before anything else, and
-        the journal of discarded work goes first.
+        A kill between any two steps leaves a folder that the next start accepts: run.json is there before anything
+        else, and the journal of discarded work goes first.
 
         Raises:
             RunError: another process is working in it, or has made it its own since it was checked.
@@ -129,7 +139,7 @@ class RunDirectory:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def make_loadable(self) -> None:
-        """Let the run itself load as a model directory: an index that points into 4-model, and copies of the small files."""
+        """Let the run itself load as a model directory: an index that points into 4-model, and the small files."""
         for file in self.model.iterdir():
             if file.suffix == ".safetensors" or file.is_dir():
                 continue
@@ -152,13 +162,14 @@ class RunDirectory:
         write_json_atomic(self._journal_file, entry)
 
     def release(self) -> None:
+        """Give the lock back."""
         """Let other processes use the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _take_lock(self) -> None:
-        lock = (self.path / LOCK_FILE).open("w")
+        lock = (self.path / LOCK_FILE).open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,7 +185,7 @@ class RunDirectory:
         """Remove the temporary files of a killed run, and the work folder of one killed after its last step."""
         for folder in (self.path, self.model, self.work):
             for entry in folder.iterdir() if folder.is_dir() else ():
-                if _is_own_hidden(entry) and entry.name != LOCK_FILE:
+                if _TEMPORARY.fullmatch(entry.name):
                     entry.unlink()
         if self.is_complete:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -187,12 +198,6 @@ class RunDirectory:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-
-
-def _is_own_hidden(entry: Path) -> bool:
-    """The lock, and the temporary files of `records` and of safetensors."""
-    is_temporary = entry.name.startswith(".tmp") or (entry.name.startswith(".") and entry.suffix == ".tmp")
-    return entry.name == LOCK_FILE or is_temporary
 
 
 def open_run(path: Path) -> RunDirectory:

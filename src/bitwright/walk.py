@@ -1,9 +1,10 @@
-"""The walk over the decoder blocks: load one, calibrate it, quantize it, write it, free it, go on with what it now computes.
+"""The walk over the decoder blocks: load one, calibrate, quantize, write and free it, go on with what it now computes.
 
-Three streams of hidden states run through the model. `calibration` and `gate` see the quantized prefix, as the finished model will;
-`reference` is the gate text through the original blocks. At the end gate against reference is the loss of the whole model on
-text that no method has seen. Each stream alternates between two files, and a block's shard, statistics and hidden states are
-on disk before the journal counts it: a killed run goes on at the block where it stopped and ends bit-identical.
+Three streams of hidden states run through the model. `calibration` and `gate` see the quantized prefix, as the
+finished model will; `reference` is the gate text through the original blocks. At the end gate against reference is the
+loss of the whole model on text that no method has seen. Each stream alternates between two files, and a block's shard,
+statistics and hidden states are on disk before the journal counts it: a killed run goes on at the block where it
+stopped and ends bit-identical.
 """
 
 import math
@@ -14,7 +15,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitwright.calibration.collect import SiteStats, collect
@@ -27,6 +27,7 @@ from bitwright.model.probe import propose
 from bitwright.model.sites import Site, block_sites, weight_view
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import collection_passes
+from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.numerics.metrics import sqnr_db
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import fit_grid
@@ -80,11 +81,12 @@ class Walk:
         self.texts = {"calibration": calibration, "gate": gate, "reference": gate}
         if calibration.shape[0] == 0:
             del self.texts["calibration"]
+        self.resumed_blocks = int(run.journal().get("completed_blocks", 0))
         self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1)
 
     def execute(self) -> tuple[Activations, Activations]:
         """Quantize every block not yet done; return the gate's and the reference's last hidden states."""
-        done = int(self.run.journal().get("completed_blocks", 0))
+        done = self.resumed_blocks
         streams = self._enter() if done == 0 else self._reopen(done)
         for index in range(done, self.model.num_blocks):
             streams = self._block(index, streams)
@@ -200,7 +202,7 @@ class Walk:
     def _solve_group(
         self, block: nn.Module, prefix: str, members: list[Site], stats: dict[str, SiteStats]
     ) -> Iterator[tuple[Site, QTensor, SiteResult]]:
-        """Solve the sites of a group, those planned alike as one stacked weight: rows are independent given the inputs."""
+        """Solve the sites of a group, those planned alike as one stacked weight: rows do not depend on each other."""
         alike: dict[Any, list[Site]] = {}
         for site in members:
             entry = self.plan.sites[site.name]
@@ -226,7 +228,9 @@ class Walk:
     def _solve(
         self, weight: Tensor, entry: SitePlan, stat: SiteStats, scale_dtype: torch.dtype
     ) -> tuple[QTensor, str, str]:
-        assert entry.scheme is not None and entry.granularity is not None and entry.method is not None
+        assert entry.scheme is not None
+        assert entry.granularity is not None
+        assert entry.method is not None
         range_method = self.recipe.range_method_for(has_statistics=stat.mean_square is not None)
         grid = fit_grid(
             weight,
@@ -264,7 +268,7 @@ class Walk:
         seconds: float,
     ) -> None:
         error = self._hidden_sqnr_db(streams)
-        save_file(moments, self.run.work / f"stats-{index:05d}.safetensors")
+        save_tensors_atomic(self.run.work / f"stats-{index:05d}.safetensors", moments)
         entry = {
             "block": name,
             "seconds": seconds,

@@ -1,0 +1,1 @@
+"""What the methods learn from calibration text."""

@@ -59,7 +59,7 @@ class SiteStats:
             self.square_sum += rows.square().sum(0, dtype=self.square_sum.dtype)
 
 
-class _AllSeen(Exception):  # noqa: N818 - control flow, not an error
+class _AllSeen(Exception):
     """Raised inside the forward once every wanted site has been called: the rest of the block need not run."""
 
 

@@ -1,6 +1,7 @@
 """Calibration without data: windows of tokens that the model itself writes.
 
-Each window starts with the model's begin-of-text token, if it has one, and a random token, and is sampled at temperature 1 from there.
+Each window starts with the model's begin-of-text token, if it has one, and a random token, and is sampled at
+temperature 1 from there.
 
 Reference: arXiv:2305.17888 (LLM-QAT), data-free generation; ours samples from the second token on.
 """
@@ -37,7 +38,7 @@ def generate_windows(
     available = psutil.virtual_memory().available
     if checkpoint.num_bytes > 0.8 * available:
         raise ResourceError(
-            f"--calibration self samples from the whole model in memory: {checkpoint.num_bytes / 1e9:.1f} GB of weights, "
+            f"--calibration self holds the whole model in memory: {checkpoint.num_bytes / 1e9:.1f} GB of weights, "
             f"{available / 1e9:.1f} GB available. Give a calibration text instead."
         )
     model = cast(

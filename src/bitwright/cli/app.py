@@ -17,8 +17,14 @@ from rich.console import Console
 from bitwright.cli.console import ProgressBars
 from bitwright.errors import BitwrightError
 
+INTERRUPTED = "interrupted; the same command resumes a quantize run"
+INTERRUPTED_STATUS = 130
+_UsageError: Any = (
+    typer.BadParameter.__base__
+)  # typer's releases differ in which click, or copy of click, it comes from
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="LLM compression with proof."
 )
 
 Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
@@ -169,7 +175,8 @@ def export(
     elif not quiet:
         checked = (
             f"{comparison['engine']} loads it: {comparison['weights_compared']} tensors equal, "
-            f"largest logit difference {comparison['max_logit_difference']:.2g} (allowed {comparison['logit_bound']:.2g})"
+            f"largest logit difference {comparison['max_logit_difference']:.2g} "
+            f"(allowed {comparison['logit_bound']:.2g})"
             if comparison
             else "not verified"
         )
@@ -222,21 +229,17 @@ def main() -> None:
         status = app(standalone_mode=False)
     except BitwrightError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes the run", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(INTERRUPTED, INTERRUPTED_STATUS)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except Exception as error:
-        from click.exceptions import Abort, ClickException
-
-        if isinstance(error, Abort):
-            _fail("interrupted; the same command resumes the run", 130)
-        if isinstance(error, ClickException):
-            _fail(error.format_message(), 2)
-        if isinstance(error, OSError):
-            _fail(_describe_os_error(error), 2)
-        raise
+    except OSError as error:
+        _fail(_describe_os_error(error), 2)
+    except _UsageError as error:
+        _fail(error.format_message(), 2)
     else:
+        if status == INTERRUPTED_STATUS:  # newer typer turns Ctrl-C into this return value
+            _fail(INTERRUPTED, INTERRUPTED_STATUS)
         sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -1,9 +1,9 @@
 """Perplexity and divergence from logits, accumulated window by window.
 
-Protocol: the text is tokenised once, cut into non-overlapping windows of T tokens (the remainder is dropped), and each window
-predicts its tokens 2 … T from those before. Perplexity is exp(mean negative log-likelihood) over all predictions. Divergence is
-KL(reference ‖ model) in nats per predicted token. Standard errors treat windows, not tokens, as the independent sample, because
-tokens of one window are not independent.
+Protocol: the text is tokenised once, cut into non-overlapping windows of T tokens (the remainder is dropped), and each
+window predicts its tokens 2 … T from those before. Perplexity is exp(mean negative log-likelihood) over all
+predictions. Divergence is KL(reference ‖ model) in nats per predicted token. Standard errors treat windows, not
+tokens, as the independent sample, because tokens of one window are not independent.
 """
 
 import math
@@ -107,6 +107,6 @@ def _mean_and_stderr(values: list[float]) -> tuple[float, float]:
 
 
 def _quantile(values: Tensor, fraction: float) -> float:
-    """The smallest value that at least `fraction` of the values do not exceed (torch.quantile is limited to 16 M values)."""
+    """The smallest value that at least `fraction` of the values do not exceed; torch.quantile stops at 16 M values."""
     rank = max(1, math.ceil(fraction * values.numel()))
     return float(torch.kthvalue(values, rank).values)

@@ -49,7 +49,7 @@ def final_hidden(model: StreamedModel, windows: Tensor, path: Path, progress: Pr
 def evaluate(
     model: StreamedModel, windows: Tensor, work: Path, progress: Progress, *, reference: StreamedModel | None = None
 ) -> Score:
-    """Score a model on windows [N, T], against a reference model if one is given. `work` is a folder for hidden states."""
+    """Score a model on windows [N, T], also against a reference if given; `work` is a folder for hidden states."""
     hidden = final_hidden(model, windows, work / "hidden-model.bin", progress, "evaluate")
     if reference is None:
         score = compare_heads(model, hidden, windows, None, None)

@@ -1,18 +1,17 @@
 """Write a quantized model as a Hugging Face directory in the compressed-tensors `pack-quantized` layout.
 
-The directory is written shard by shard, one per decoder block and one for the rest, each under a temporary name first, so that
-a run that dies leaves whole shards or none. Tensors that are not quantized are copied as the original stores them.
+The directory is written shard by shard, one per decoder block and one for the rest, each under a temporary name first,
+so that a run that dies leaves whole shards or none. Tensors that are not quantized are copied as the original stores
+them.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitwright.errors import ShapeError
@@ -20,6 +19,7 @@ from bitwright.model import packed
 from bitwright.model.checkpoint import WEIGHT_INDEX, Checkpoint
 from bitwright.model.sites import Site
 from bitwright.model.skeleton import Skeleton
+from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.qtensor import QTensor
 from bitwright.recipe import SitePlan
@@ -50,6 +50,7 @@ class ModelWriter:
         self.checkpoint: Checkpoint = skeleton.checkpoint
 
     def shard_path(self, index: int) -> Path:
+        """File of shard `index`: one per block, then one for the rest."""
         return self.directory / f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
 
     def write_shard(self, index: int, stored_names: Iterable[str], quantized: dict[Site, QTensor]) -> dict[str, Tensor]:
@@ -61,12 +62,7 @@ class ModelWriter:
         replaced = {name.removesuffix("_packed") for name in tensors if name.endswith("_packed")}
         tensors.update(self.checkpoint.read([name for name in stored_names if name not in replaced]))
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        path = self.shard_path(index)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        save_tensors_atomic(self.shard_path(index), tensors)
         return tensors
 
     def pieces(self, site: Site, result: QTensor) -> list[tuple[str, QTensor]]:
@@ -76,7 +72,7 @@ class ModelWriter:
         return [(name, result.rows(first, end)) for name, _, first, end in wanted]
 
     def finish(self, sites: Iterable[Site], plan: dict[str, SitePlan]) -> None:
-        """Write index, configuration and the small files (tokenizer, generation config) that make the directory complete."""
+        """Write what makes the directory complete: index, configuration, tokenizer, generation configuration."""
         weight_map: dict[str, str] = {}
         total = 0
         for index in range(self.num_shards):

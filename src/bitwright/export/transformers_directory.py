@@ -1,4 +1,4 @@
-"""Export to compressed-tensors: the run's model directory is one already, so it is copied, and loaded by transformers to prove it."""
+"""Export to compressed-tensors: a run's model directory is one already; copy it, and have transformers prove it."""
 
 import importlib.util
 import logging
@@ -56,7 +56,7 @@ def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[s
     bound = ROUNDINGS_PER_BLOCK * ours.num_blocks * torch.finfo(ours.dtype).eps * float(expected.abs().max())
     if not difference <= bound:
         raise VerificationError(
-            f"{directory}: transformers' logits differ from ours by {difference:.3g}, more than rounding ({bound:.3g}) explains."
+            f"{directory}: transformers' logits differ from ours by {difference:.3g}; rounding explains {bound:.3g}."
         )
     return {
         "engine": "transformers",

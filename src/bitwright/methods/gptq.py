@@ -1,14 +1,14 @@
 """GPTQ: round columns in turn and let the columns not yet rounded make up for each error.
 
-Rounding column j by an error e changes the layer's output by e·x_j. Inputs are correlated, so later columns can cancel most of it:
-the optimal update of the remaining weights is -e/U_jj · U_j,j: with U the upper Cholesky factor of the inverse Hessian. Columns are
-worked through in blocks; updates inside a block are immediate, updates to later columns are one matrix product per block. That is
-a matter of speed only: the result does not depend on the block size.
+Rounding column j by an error e changes the layer's output by e·x_j. Inputs are correlated, so later columns can cancel
+most of it: the optimal update of the remaining weights is -e/U_jj · U_j,j: with U the upper Cholesky factor of the
+inverse Hessian. Columns are worked through in blocks; updates inside a block are immediate, updates to later columns
+are one matrix product per block. That is a matter of speed only: the result does not depend on the block size.
 
-Two ways of treating the scales of groups of columns exist. With `act_order` the columns are visited by descending Hessian diagonal
-(the most active inputs are rounded first, while everything can still compensate), and all grids are fixed beforehand, so that the
-checkpoint needs no permutation. Without it columns are visited in storage order and a group's grid may be refitted, when the
-sweep reaches it, to the weights as the updates have left them.
+Two ways of treating the scales of groups of columns exist. With `act_order` the columns are visited by descending
+Hessian diagonal (the most active inputs are rounded first, while everything can still compensate), and all grids are
+fixed beforehand, so that the checkpoint needs no permutation. Without it columns are visited in storage order and a
+group's grid may be refitted, when the sweep reaches it, to the weights as the updates have left them.
 
 Shapes: O out features, I in features, G groups.
 """
@@ -41,13 +41,11 @@ def gptq(
     Minimises tr(E H E^T), E = weight - result, greedily in column order.
 
     Args:
-        weight: [O, I] float32 or float64; not modified.
-        hessian: [I, I], (2/T) X^T X over T tokens; symmetric PSD; activation units squared.
-        grid: scales and zero points; fixed unless `refit` is given.
-        damp: fraction of mean(diag H) added to the diagonal; > 0; raised in steps while no factor exists.
-        block: columns per lazy update. Changes speed, never the result.
-        act_order: visit columns by descending diag H.
-        refit: (current weights of the group [O, g], first column, end column) -> grid of that group; only without act_order.
+        weight: [O, I] float32 or float64; not modified. hessian: [I, I], (2/T) X^T X over T tokens; symmetric PSD;
+        activation units squared. grid: scales and zero points; fixed unless `refit` is given. damp: fraction of
+        mean(diag H) added to the diagonal; > 0; raised in steps while no factor exists. block: columns per lazy
+        update. Changes speed, never the result. act_order: visit columns by descending diag H. refit: (current weights
+        of the group [O, g], first column, end column) -> grid of that group; only without act_order.
     Raises:
         SingularHessian: no Cholesky factor even with the largest damping.
     Reference:
@@ -95,7 +93,7 @@ class _Sweep:
         return self.refit is not None and column % self.group_size == 0
 
     def refit_group(self, first: int, work: Tensor, errors: Tensor, factor: Tensor, block_end: int) -> None:
-        """Fit the group's grid to its weights with every update applied, also those still pending beyond the block's end."""
+        """Fit the group's grid to its weights with every update applied, also those pending beyond the block's end."""
         assert self.refit is not None
         end = min(first + self.group_size, self.grid.in_features)
         current = work[first:end].clone()

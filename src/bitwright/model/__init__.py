@@ -1,0 +1,1 @@
+"""Checkpoints, structure and streaming of transformers models."""

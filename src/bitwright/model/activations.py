@@ -41,6 +41,7 @@ class Activations:
             os.fsync(handle.fileno())
 
     def delete(self) -> None:
+        """Remove the file."""
         self.path.unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
 """A Hugging Face model directory, read lazily: headers at once, tensors when asked for, never a pickle.
 
-A checkpoint whose weights are already packed in compressed-tensors' `pack-quantized` layout reads as the dense model it stands
-for, so that evaluation, verification and the report use one code path for originals and results.
+A checkpoint whose weights are already packed in compressed-tensors' `pack-quantized` layout reads as the dense model
+it stands for, so that evaluation, verification and the report use one code path for originals and results.
 """
 
 import hashlib
@@ -37,14 +37,15 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the stored data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class Checkpoint:
     """The tensors and the configuration of one model directory.
 
-    `stored` maps the names in the files to their headers; `names` are the dense tensors that can be read (packed weights appear
-    under the name of the dense weight).
+    `stored` maps the names in the files to their headers; `names` are the dense tensors that can be read (packed
+    weights appear under the name of the dense weight).
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -60,6 +61,7 @@ class Checkpoint:
 
     @property
     def is_packed(self) -> bool:
+        """Whether the model is quantized (compressed-tensors pack-quantized)."""
         return self._packing is not None
 
     @property
@@ -89,6 +91,7 @@ class Checkpoint:
         return self._packing.decode(name, self.read_stored(self._packed_weights[name]))
 
     def packed_names(self) -> list[str]:
+        """Dense names of the packed weights."""
         return sorted(self._packed_weights)
 
     def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -106,8 +109,8 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: cannot be read ({error}). Copy or download the file again.") from None
         return tensors
 
-    def audit(self, progress: Callable[[int], None] = lambda num_bytes: None) -> str:
-        """Read everything once: refuse NaN and Inf, and return the model's content hash (sha256 of config and tensors)."""
+    def audit(self, progress: Callable[[int], None] = lambda _: None) -> str:
+        """Read everything once: refuse NaN and Inf; return the content hash (sha256 of config and tensors)."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.stored):
             tensor = self.read_stored([name])[name]
@@ -118,7 +121,7 @@ class Checkpoint:
                     "The checkpoint is damaged; obtain it again."
                 )
             digest.update(name.encode())
-            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
             progress(self.stored[name].num_bytes)
         return digest.hexdigest()
 
@@ -173,7 +176,7 @@ def _scan_headers(path: Path) -> dict[str, TensorInfo]:
                     stored[name] = TensorInfo(file=file, shape=shape, dtype=_DTYPES[code])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file}: not a valid safetensors file ({error}). It is truncated or corrupt; copy or download it again."
+                f"{file}: not a valid safetensors file ({error}). It is truncated or corrupt; obtain it again."
             ) from None
     return stored
 
@@ -183,13 +186,13 @@ def _weight_files(path: Path) -> list[Path]:
     if index_file.is_file():
         try:
             weight_map = cast(dict[str, str], json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index_file}: not a valid index ({error}).") from None
-        files = [path / name for name in sorted(set(weight_map.values()))]
+            files = [path / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index_file}: not a valid index ({error}). Copy or download it again.") from None
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(
-                f"{path}: {len(missing)} of {len(files)} weight shards missing, first {missing[0]}. Download them again."
+                f"{path}: {len(missing)} of {len(files)} weight shards missing, first {missing[0]}. Obtain them."
             )
         return files
     single = path / "model.safetensors"

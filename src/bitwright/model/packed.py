@@ -1,12 +1,11 @@
 """The compressed-tensors `pack-quantized` layout: quantized weights to stored tensors and back.
 
-    <weight>_packed      int32 [O, ceil(I * bits / 32)]   element i at bits [i * bits, (i + 1) * bits) of a little-endian row
-    <weight>_scale       [O, G] (channel: [O, 1]; tensor: [1])
-    <weight>_zero_point  int32 [ceil(O * bits / 32), G]   asymmetric only; packed along O
-    <weight>_shape       int64 [2]
+    <weight>_packed      int32 [O, ceil(I * bits / 32)]   element i at bits [i * bits, (i + 1) * bits) of a
+    little-endian row <weight>_scale       [O, G] (channel: [O, 1]; tensor: [1]) <weight>_zero_point  int32 [ceil(O *
+    bits / 32), G]   asymmetric only; packed along O <weight>_shape       int64 [2]
 
-Stored codes are unsigned: a signed code q is stored as q + 2^(bits - 1). Asymmetric codes and zero points, which are 0 .. 2^bits - 1
-here, are stored as they are (the reader subtracts 2^(bits - 1) from both, which changes nothing).
+Stored codes are unsigned: a signed code q is stored as q + 2^(bits - 1). Asymmetric codes and zero points, which are 0
+.. 2^bits - 1 here, are stored as they are (the reader subtracts 2^(bits - 1) from both, which changes nothing).
 """
 
 import re

@@ -1,7 +1,7 @@
-"""A transformers model whose weights are absent until asked for: the structure on the meta device, parts of it filled at will.
+"""A transformers model whose weights are absent until asked for: modules on the meta device, filled at will.
 
-Checkpoint names become parameter names by transformers' own conversion rules, so that prefixes, renamed modules and per-expert
-checkpoints of models with fused 3-D expert parameters load here exactly as `from_pretrained` loads them.
+Checkpoint names become parameter names by transformers' own conversion rules, so that prefixes, renamed modules and
+per-expert checkpoints of models with fused 3-D expert parameters load here exactly as `from_pretrained` loads them.
 """
 
 from copy import deepcopy
@@ -37,7 +37,7 @@ class Skeleton:
         self._map_names()
 
     def load(self, prefix: str) -> None:
-        """Fill every parameter and persistent buffer whose name starts with `prefix`, in the compute dtype and device."""
+        """Fill every parameter and persistent buffer under `prefix`, in the compute dtype and on the device."""
         for name in self._under(prefix):
             self._set(name, self._assemble(name))
 
@@ -67,7 +67,7 @@ class Skeleton:
         return sorted({stored for name in self._under(prefix) for stored in self.sources[name]})
 
     def stored_pieces(self, parameter: str) -> list[tuple[str, int | None, int, int]]:
-        """Where the rows of a parameter lie in the checkpoint: (stored name, expert, first row, end row) in order of rows.
+        """Where the rows of a parameter lie in the checkpoint: (stored name, expert, first row, end row), in order.
 
         Raises:
             CheckpointError: the checkpoint stores the rows transposed or interleaved.
@@ -104,12 +104,22 @@ class Skeleton:
         missing = [name for name in state if name not in self.sources and name not in self.tied_names()]
         if missing:
             raise CheckpointError(
-                f"{self.checkpoint.path}: {len(missing)} tensors of {type(self.model).__name__} are missing, first {missing[0]}. "
-                "The checkpoint is incomplete or of another architecture."
+                f"{self.checkpoint.path}: {len(missing)} tensors of {type(self.model).__name__} missing, "
+                f"first {missing[0]}. The checkpoint is incomplete or of another architecture."
             )
         for name in list(self.sources):
             if name in self.tied_names():
                 self.unused.extend(self.sources.pop(name))
+        for name, sources in self.sources.items():
+            if name not in self._converters:
+                self._check_shape(name, self.checkpoint.shape(sources[0]), tuple(state[name].shape))
+
+    def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if found != wanted:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name} has shape {found}, the configuration asks for {wanted}. "
+                "The weights and config.json do not belong together."
+            )
 
     def _adopt_converted_targets(self, state: dict[str, Any]) -> None:
         """A conversion with several targets is filed under the first; file the others as well."""
@@ -128,35 +138,28 @@ class Skeleton:
         rule = deepcopy(parts[0][2])
         for stored, pattern, _ in parts:
             rule.add_tensor(name, stored, pattern, cast(Any, tensors.pop(stored)))
-        made = rule.convert(name, model=self.model, config=self.model.config)
+        made = cast(dict[str, Any], rule.convert(name, model=self.model, config=self.model.config))
         value = made[name]
-        return cast(Tensor, value[0] if isinstance(value, list) else value)
+        return value[0] if isinstance(value, list) else value
 
     def _set(self, name: str, value: Tensor | None) -> None:
         """Place a tensor in the module tree; None puts the parameter back on the meta device."""
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        old = module._parameters.get(leaf) if leaf in module._parameters else module._buffers[leaf]
-        assert old is not None
+        old = cast(Tensor, getattr(module, leaf))
         if value is None:
             value = torch.empty(old.shape, dtype=old.dtype, device="meta")
-        elif tuple(value.shape) != tuple(old.shape):
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {name} has shape {tuple(value.shape)}, the configuration asks for {tuple(old.shape)}."
-            )
         else:
+            self._check_shape(name, tuple(value.shape), tuple(old.shape))
             value = value.to(self.device, self.dtype if value.is_floating_point() else None)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[leaf] = value
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value)
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config
+            delattr(config, "quantization_config")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
@@ -168,18 +171,18 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: 
 
 
 def _materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint stores (rotary frequencies, masks) the way transformers initialises them."""
+    """Compute the buffers that no checkpoint stores (rotary frequencies, masks) as transformers initialises them."""
     owners: set[str] = set()
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        setattr(model.get_submodule(path), leaf, torch.empty_like(buffer, device="cpu"))
         owners.add(path)
     with torch.no_grad():
         for path in owners:
-            model._init_weights(model.get_submodule(path))
+            model._init_weights(model.get_submodule(path))  # pyright: ignore[reportPrivateUsage]
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = buffer.to(device)
+        setattr(model.get_submodule(path), leaf, buffer.to(device))
 
 
 def _trace_rows(model: PreTrainedModel, parameter: str) -> list[tuple[str, int | None, int, int]]:

@@ -1,11 +1,12 @@
 """Run a model one decoder block at a time, so that memory is one block and its activations.
 
-The decoder blocks are replaced by relays. Running the model with relays in place gives what enters the first block and the
-arguments that every block is called with (masks, position embeddings); running it with a hidden state injected gives the
-logits. Nothing here knows an architecture: whatever a model does before, between and after its blocks is the model's own code.
+The decoder blocks are replaced by relays. Running the model with relays in place gives what enters the first block and
+the arguments that every block is called with (masks, position embeddings); running it with a hidden state injected
+gives the logits. Nothing here knows an architecture: whatever a model does before, between and after its blocks is the
+model's own code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -45,6 +46,7 @@ class Relay(nn.Module):
             return getattr(self.__dict__["block"], name)  # model code reads attributes such as attention_type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Record the call; return the hidden state, or the injected one, in the form the model expects."""
         rest = dict(kwargs)
         hidden = cast(Tensor, args[0] if args else rest.pop("hidden_states"))
         self.received = hidden
@@ -75,10 +77,11 @@ class StreamedModel:
 
     @property
     def num_blocks(self) -> int:
+        """How many decoder blocks there are."""
         return len(self.block_names)
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self) -> Generator[None, None, None]:
         """Hold everything but the blocks (embeddings, final norm, head) in memory."""
         self.skeleton.load_outside(self.blocks_path)
         try:
@@ -87,7 +90,7 @@ class StreamedModel:
             self.skeleton.free_outside(self.blocks_path)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
+    def block(self, index: int) -> Generator[nn.Module, None, None]:
         """Hold decoder block `index` in memory."""
         name = self.block_names[index]
         self.skeleton.load(name)
@@ -102,7 +105,8 @@ class StreamedModel:
         Also learns how the blocks are called for this batch shape.
 
         Raises:
-            StructureError: the model changes the hidden state between blocks, or calls them with token-dependent arguments.
+            StructureError: the model changes the hidden state between blocks, or calls them with token-dependent
+            arguments.
         """
         for returns_tuple in (self._returns_tuple, not self._returns_tuple):
             relays, logits = self._run(input_ids, None, returns_tuple)
