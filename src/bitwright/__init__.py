@@ -6,14 +6,14 @@ from bitwright.errors import BitwrightError
 
 if TYPE_CHECKING:
     from bitwright.pipeline import QuantizeResult, evaluate, export, inspect, quantize, report
-    from bitwright.recipe import Recipe, Scheme, load_recipe
+    from bitwright.recipe import Calibration, Recipe, Scheme, load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "BitwrightError", "QuantizeResult", "Recipe", "Scheme", "__version__", "evaluate", "export", "inspect",
-    "load_recipe", "quantize", "report",
+    "BitwrightError", "Calibration", "QuantizeResult", "Recipe", "Scheme", "__version__", "evaluate", "export",
+    "inspect", "load_recipe", "quantize", "report",
 ]  # fmt: skip
-_FROM_RECIPE = {"Recipe", "Scheme", "load_recipe"}
+_FROM_RECIPE = {"Calibration", "Recipe", "Scheme", "load_recipe"}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,10 @@ class SiteStats:
         num_tokens: T, the tokens that reached the sites.
         gram: Σ x xᵀ, [I, I] float64 where the device has it; None unless a method needs Hessians.
         square_sum: Σ x², [I] float64.
+        is_routed: a router decides which tokens arrive (experts), so that there may be few or none.
     """
 
+    is_routed: bool = False
     num_tokens: int = 0
     gram: Tensor | None = None
     square_sum: Tensor | None = None
@@ -38,10 +40,20 @@ class SiteStats:
 
     @property
     def hessian(self) -> Tensor | None:
-        """(2/T) Σ x xᵀ, [I, I]. None where it was not collected or no token was seen."""
+        """(2/T) Σ x xᵀ, [I, I]. None where it was not collected or no token was seen.
+
+        An expert that saw fewer tokens than it has inputs knows its correlations only roughly: they count in proportion
+        T/I, the diagonal fully.
+        """
         if self.gram is None or self.num_tokens == 0:
             return None
-        return self.gram * (2.0 / self.num_tokens)
+        hessian = self.gram * (2.0 / self.num_tokens)
+        trust = self.num_tokens / hessian.shape[0]
+        if self.is_routed and trust < 1:
+            diagonal = hessian.diagonal().clone()
+            hessian *= trust
+            hessian.diagonal().copy_(diagonal)
+        return hessian
 
     def add(self, x: Tensor, *, with_gram: bool) -> None:
         """Add the inputs x [..., I] of one call."""
@@ -82,8 +94,9 @@ def collect(
     """
     stats: dict[str, SiteStats] = {}
     leaders: set[str] = set()
+    kinds = {site.name: site.kind for site in sites}
     for group in groups:
-        shared = SiteStats()
+        shared = SiteStats(is_routed=kinds[group[0]] == "expert")
         leaders.add(group[0])
         stats.update(dict.fromkeys(group, shared))
     may_stop_early = all(site.kind != "expert" for site in sites if site.name in stats)

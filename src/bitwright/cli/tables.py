@@ -119,7 +119,8 @@ def demo_table(rows: "Sequence[DemoRow]") -> Table:
     for row in rows:
         table.add_row(
             row.name, f"{row.bits_per_weight:.3f}", size(row.size_bytes),
-            f"{row.perplexity:.3f} ± {row.perplexity_stderr:.2f}", f"{row.kl_mean:.5f}", f"{row.same_top1:.2%}", f"{row.seconds:.1f}",
+            f"{row.perplexity:.3f} ± {row.perplexity_stderr:.2f}", f"{row.kl_mean:.5f}", f"{row.same_top1:.2%}",
+            f"{row.seconds:.1f}",
         )  # fmt: skip
     return table
 

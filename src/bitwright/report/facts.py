@@ -1,0 +1,230 @@
+"""What a finished run recorded, read once and checked: run.json and 5-records.jsonl as typed facts.
+
+Both files are plain text that people open and sometimes edit. A figure that is absent or null becomes None ("not
+measured"), the texts `nan` and `inf` that stand for figures JSON has no word for become those floats, and anything else
+in the place of a figure is an error that names the file and the entry.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from bitwright.errors import RunError
+from bitwright.records import read_jsonl
+from bitwright.runs import RUN_FILE, RunDirectory, open_run
+
+Figure = float | None
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """The headline figures of run.json, in the units their names say; divergences in nats per token."""
+
+    kl_mean: Figure
+    kl_stderr: Figure
+    kl_p99: Figure
+    kl_p999: Figure
+    same_top1: Figure
+    perplexity: Figure
+    reference_perplexity: Figure
+    gate_tokens: Figure
+    bits_per_weight: Figure
+    model_bits_per_parameter: Figure
+    size_bytes: Figure
+    original_size_bytes: Figure
+    num_quantized: Figure
+    num_kept: Figure
+    quantized_weights: Figure
+    num_parameters: Figure
+    seconds: Figure
+    peak_memory_bytes: Figure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockFact:
+    """One decoder block: how long it took and the signal to noise of the hidden state that leaves it."""
+
+    block: str
+    seconds: Figure
+    hidden_sqnr_db: Figure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteFact:
+    """One quantized site, as `walk.SiteResult` describes it."""
+
+    block: str
+    site: str
+    scheme: str
+    method: str
+    bits_per_weight: Figure
+    num_weights: Figure
+    weight_sqnr_db: Figure
+    output_sqnr_db: Figure
+    saturated: Figure
+    num_tokens: Figure
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptFact:
+    """One site left in 16 bit, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationFact:
+    """One evaluation appended to the run later; the divergences are None without a reference."""
+
+    text: str
+    reference: str
+    dtype: str
+    device: str
+    seqlen: Figure
+    num_windows: Figure
+    num_tokens: Figure
+    perplexity: Figure
+    perplexity_stderr: Figure
+    kl_mean: Figure
+    kl_stderr: Figure
+    kl_p99: Figure
+    kl_p999: Figure
+    same_top1: Figure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportFact:
+    """One export and how far the engine's result was from ours; None where it was not verified."""
+
+    to: str
+    out: str
+    engine: str
+    weights_compared: Figure
+    max_logit_difference: Figure
+    logit_bound: Figure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """All that the report says, before it is put into words.
+
+    Attributes:
+        path: the run directory.
+        failure: why the run failed its gate; None if it passed.
+        asked: model, recipe and hashes from run.json, as written.
+        context: device, dtype, seed and environment from the records; empty if none was recorded.
+        recorded: the headline figures as the records have them; None if they have none.
+    """
+
+    path: Path
+    failure: str | None
+    asked: Mapping[str, Any]
+    context: Mapping[str, Any]
+    results: Results
+    recorded: Results | None
+    blocks: tuple[BlockFact, ...]
+    sites: tuple[SiteFact, ...]
+    kept: tuple[KeptFact, ...]
+    evaluations: tuple[EvaluationFact, ...]
+    exports: tuple[ExportFact, ...]
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The recipe as plain data; empty if run.json holds none."""
+        return mapping_or_empty(self.asked.get("recipe"))
+
+    @property
+    def max_kl(self) -> Figure:
+        """The gate in nats per token."""
+        return _figure(self.recipe, "max_kl", f"{self.path / RUN_FILE}: recipe")
+
+    @property
+    def figure(self) -> str:
+        """The figure by which sites are ranked: their output's error where it was measured, else that of their weights."""
+        has_output = any(site.output_sqnr_db is not None for site in self.sites)
+        return "output_sqnr_db" if has_output else "weight_sqnr_db"
+
+
+def read_facts(path: Path) -> Facts:
+    """Read a finished run.
+
+    Raises:
+        RunError: no finished run there, or an entry that is not what bitwright writes.
+    """
+    run = open_run(path)
+    info = mapping_or_empty(run.info)
+    where = f"{path / RUN_FILE}: results"
+    if not isinstance(info.get("results"), dict):
+        raise RunError(f"{where}: missing. The file was changed by hand or is of another version; run again.")
+    by_kind = _records_by_kind(run)
+    recorded = _read_all(Results, by_kind, "quantize", run)
+    failure = info.get("failure")
+    return Facts(
+        path=path,
+        failure=None if failure is None else str(failure),
+        asked=mapping_or_empty(info.get("asked")),
+        context=next(iter(by_kind.get("context", [])), {}),
+        results=_read(Results, cast(dict[str, Any], info["results"]), where),
+        recorded=recorded[0] if recorded else None,
+        blocks=_read_all(BlockFact, by_kind, "block", run),
+        sites=_read_all(SiteFact, by_kind, "site", run),
+        kept=_read_all(KeptFact, by_kind, "kept", run),
+        evaluations=_read_all(EvaluationFact, by_kind, "evaluate", run),
+        exports=_read_all(ExportFact, by_kind, "export", run),
+    )
+
+
+def mapping_or_empty(value: object) -> Mapping[str, Any]:
+    """Return a mapping as it is, anything else as an empty one."""
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
+
+
+def is_finite(value: Figure) -> bool:
+    """Whether there is a figure, and it is a number that can be compared or drawn."""
+    return value is not None and math.isfinite(value)
+
+
+def _records_by_kind(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for record in read_jsonl(run.records):
+        by_kind.setdefault(str(record.get("kind")), []).append(record)
+    return by_kind
+
+
+def _read_all(
+    kind: type[T], by_kind: Mapping[str, list[dict[str, Any]]], name: str, run: RunDirectory
+) -> tuple[T, ...]:
+    where = f"{run.records}: '{name}' record"
+    return tuple(_read(kind, record, f"{where} {n}") for n, record in enumerate(by_kind.get(name, []), start=1))
+
+
+def _read(kind: type[T], record: Mapping[str, Any], where: str) -> T:
+    """Build a fact from the entries of a record that it has fields for."""
+    values = {
+        field.name: _text(record, field.name) if field.type is str else _figure(record, field.name, where)
+        for field in fields(cast(Any, kind))
+    }
+    return kind(**values)
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    return "" if value is None else str(value)
+
+
+def _figure(record: Mapping[str, Any], key: str, where: str) -> Figure:
+    value = record.get(key)
+    if value is None:
+        return None
+    if value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        with suppress(OverflowError):  # a whole number too large for a float
+            return float(value)
+    raise RunError(
+        f"{where}: {key} is {value!r}, not a number. The file was changed by hand or damaged; correct it or run again."
+    )
