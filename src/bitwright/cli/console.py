@@ -18,7 +18,8 @@ class ProgressBars:
     """One bar with time left per step. Call it with (what, done, total)."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+        console = Console(stderr=True)
+        self._quiet = quiet or not console.is_terminal  # elsewhere bars are noise around the one line of an error
         self._progress = Progress(
             TextColumn("{task.description:>10}"),
             BarColumn(),
@@ -26,7 +27,7 @@ class ProgressBars:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}

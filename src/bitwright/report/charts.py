@@ -1,0 +1,154 @@
+"""Charts as data for plotly.js: traces and axis titles here, colours and fonts from the page's style sheet.
+
+A colour is written as the name of a CSS variable (`--c0`); the page's script puts its value in, and does so again when
+the reader's system turns dark or the page is printed.
+"""
+
+import html
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from bitwright.report import wording
+from bitwright.report.facts import BlockFact, Figure, SiteFact, is_finite
+
+Chart = dict[str, Any]
+NUM_COLOURS = 8
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down", "star")
+MEASURES = {"output_sqnr_db": "output", "weight_sqnr_db": "weights"}
+_LAST_INDEX = re.compile(r"\[\d+\]$")
+
+
+def depth_chart(blocks: Sequence[BlockFact]) -> Chart:
+    """Signal to noise of the hidden state after each block."""
+    values = [_drawable(block.hidden_sqnr_db) for block in blocks]
+    labels = [
+        f"<b>{_text(block.block)}</b><br>{wording.decibel(block.hidden_sqnr_db)}"
+        for block in blocks
+    ]
+    trace = _trace("scatter", list(range(len(blocks))), values, labels, colour=0)
+    return _chart([{**trace, "mode": "lines+markers"}], "Block", "Hidden-state SQNR (dB)")
+
+
+def time_chart(blocks: Sequence[BlockFact]) -> Chart:
+    """Seconds per block."""
+    values = [_drawable(block.seconds) for block in blocks]
+    labels = [f"<b>{_text(block.block)}</b><br>{wording.duration(block.seconds)}" for block in blocks]
+    chart = _chart([_trace("bar", list(range(len(blocks))), values, labels, colour=0)], "Block", "Seconds")
+    chart["layout"]["yaxis"]["rangemode"] = "tozero"
+    return chart
+
+
+def site_chart(sites: Sequence[SiteFact], block_order: Mapping[str, int], measure: str) -> Chart:
+    """One mark per block and role (`q_proj`, `down_proj`, …): its worst site, so that experts do not bury the page."""
+    worst: dict[str, dict[str, SiteFact]] = {}
+    members: dict[tuple[str, str], int] = {}
+    for site in sites:
+        kind = role(site.site)
+        members[kind, site.block] = members.get((kind, site.block), 0) + 1
+        value = getattr(site, measure)
+        if not is_finite(value):
+            continue
+        best = worst.setdefault(kind, {}).get(site.block)
+        if best is None or value < getattr(best, measure):
+            worst[kind][site.block] = site
+    traces: list[dict[str, Any]] = []
+    for index, (kind, by_block) in enumerate(worst.items()):
+        found = sorted(by_block.values(), key=lambda site: block_order[site.block])
+        trace = _trace(
+            "scatter",
+            [block_order[site.block] for site in found],
+            [_drawable(getattr(site, measure)) for site in found],
+            [_site_label(site, members[kind, site.block]) for site in found],
+            colour=index,
+        )
+        traces.append({**trace, "mode": "markers", "name": _text(kind)})
+    chart = _chart(traces, "Block", f"SQNR of the {MEASURES[measure]} (dB)")
+    chart["layout"]["showlegend"] = True
+    return chart
+
+
+def role(site: str) -> str:
+    """The last part of a site's name without an expert's number: sites of one role do the same job in every block."""
+    return _LAST_INDEX.sub("", site).rsplit(".", 1)[-1]
+
+
+def pareto_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """Bits per weight against KL divergence on a log scale, and the line that no row lies below."""
+    drawn = [row for row in rows if _is_positive(row.get("kl_mean")) and is_finite(row.get("bits_per_weight"))]
+    drawn.sort(key=lambda row: (row["bits_per_weight"], row["kl_mean"]))
+    best: list[Mapping[str, Any]] = []
+    for row in drawn:
+        if not best or row["kl_mean"] < best[-1]["kl_mean"]:
+            best.append(row)
+    frontier = _trace("scatter", [r["bits_per_weight"] for r in best], [r["kl_mean"] for r in best], [], colour=1)
+    frontier.update(mode="lines", hoverinfo="skip", line={"color": "--c1", "width": 1.5, "dash": "dot"})
+    points = _trace(
+        "scatter",
+        [row["bits_per_weight"] for row in drawn],
+        [row["kl_mean"] for row in drawn],
+        [_row_label(row) for row in drawn],
+        colour=0,
+    )
+    points.update(
+        mode="markers+text",
+        text=[_text(str(row.get("name", ""))) for row in drawn],
+        textposition="top center",
+        error_y={"type": "data", "color": "--c0", "thickness": 1, "width": 3, **_log_errors(drawn)},
+    )
+    chart = _chart([frontier, points], "Bits per weight", "KL divergence (nats per token, log scale)")
+    chart["layout"]["xaxis"] = {"title": {"text": "Bits per weight"}}
+    chart["layout"]["yaxis"].update(type="log", dtick=1)
+    return chart
+
+
+def _log_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Standard errors; downwards they end above zero, which a log scale does not have."""
+    errors = [row["kl_stderr"] if is_finite(row.get("kl_stderr")) else 0.0 for row in rows]
+    down = [min(error, 0.9 * row["kl_mean"]) for error, row in zip(errors, rows, strict=True)]
+    return {"symmetric": False, "array": errors, "arrayminus": down}
+
+
+def _is_positive(value: Figure) -> bool:
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def _row_label(row: Mapping[str, Any]) -> str:
+    return (
+        f"<b>{_text(str(row.get('name', '')))}</b><br>{wording.fixed(row['bits_per_weight'], 2)} bits per weight"
+        f"<br>KL {wording.with_stderr(row['kl_mean'], row.get('kl_stderr'))} nats/token"
+        f"<br>{wording.size(row.get('size_bytes'))}"
+    )
+
+
+def _site_label(site: SiteFact, num_members: int) -> str:
+    lines = [f"<b>{_text(site.site)}</b>"]
+    if num_members > 1:
+        lines.append(f"worst of {num_members} in this block")
+    lines.append(f"output {wording.decibel(site.output_sqnr_db)}, weights {wording.decibel(site.weight_sqnr_db)}")
+    lines.append(f"{_text(site.scheme)} by {_text(site.method)}, {wording.fixed(site.bits_per_weight, 2)} bits/weight")
+    return "<br>".join(lines)
+
+
+def _trace(kind: str, x: Sequence[Any], y: Sequence[Any], labels: Sequence[str], *, colour: int) -> dict[str, Any]:
+    name = f"--c{colour % NUM_COLOURS}"
+    trace: dict[str, Any] = {"type": kind, "x": x, "y": y, "hovertext": labels, "hoverinfo": "text"}
+    if kind == "bar":
+        return {**trace, "marker": {"color": name}}
+    marker = {"color": name, "symbol": SYMBOLS[colour % NUM_COLOURS], "size": 7}
+    return {**trace, "marker": marker, "line": {"color": name, "width": 2}}
+
+
+def _chart(traces: list[dict[str, Any]], x: str, y: str) -> Chart:
+    axis = {"title": {"text": x}, "tickformat": "d", "rangemode": "nonnegative"}
+    return {"data": traces, "layout": {"showlegend": False, "xaxis": axis, "yaxis": {"title": {"text": y}}}}
+
+
+def _drawable(value: Figure) -> float | None:
+    return round(cast(float, value), 4) if is_finite(value) else None
+
+
+def _text(value: str) -> str:
+    """Keep plotly, which reads a few HTML tags in labels, from reading any in a name."""
+    return html.escape(value, quote=False)
