@@ -1,6 +1,5 @@
 """Fixtures every test may use: fixed seeds, a text, and a tiny random Llama on disk."""
 
-import os
 import random
 from pathlib import Path
 
@@ -18,8 +17,8 @@ TINY_CONTEXT = 128
 hypothesis.settings.register_profile("bitwright", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("bitwright")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Tiny tensors gain nothing from threads, and on a busy machine threads wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

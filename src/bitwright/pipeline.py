@@ -44,9 +44,16 @@ class QuantizeResult:
 
 
 def quantize(
-    model: str | Path, recipe: Recipe, out: str | Path, *, fresh: bool = False, device: str = "cpu", dtype: str =
-    "float32", trust_remote_code: bool = False, progress: Progress = no_progress,
-) -> QuantizeResult:  # fmt: skip
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    fresh: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> QuantizeResult:
     """Quantize a model into a run directory; the same call resumes an interrupted run and returns a finished one.
 
     Args:
@@ -124,10 +131,17 @@ def model_directory(target: str | Path) -> str | Path:
 
 
 def evaluate(
-    target: str | Path, text: str, *, reference: str | Path | None = None, seqlen: int | None = None, max_windows: int
-    | None = None, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False, progress: Progress =
-    no_progress,
-) -> tuple[Score, dict[str, Any]]:  # fmt: skip
+    target: str | Path,
+    text: str,
+    *,
+    reference: str | Path | None = None,
+    seqlen: int | None = None,
+    max_windows: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[Score, dict[str, Any]]:
     """Measure perplexity on a text and, with a reference, the divergence from it.
 
     Returns:
@@ -140,8 +154,9 @@ def evaluate(
     longest = min(max_length(model) or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     length = longest if seqlen is None else seqlen
     windows = text_windows(model, text, length, trust_remote_code=trust_remote_code)
-    if (Path(target) / RUN_FILE).is_file():
-        _require_unseen(open_run(Path(target)), windows, text)
+    run = _run_behind(target)
+    if run is not None:
+        _require_unseen(run, windows, text)
     windows = windows[:max_windows]
     other = None
     if reference is not None:
@@ -162,9 +177,17 @@ def evaluate(
         "dtype": dtype,
         "device": device,
     }
-    if (Path(target) / RUN_FILE).is_file():
-        append_jsonl(open_run(Path(target)).records, {"kind": "evaluate", **circumstances, **asdict(score)})
+    if run is not None:
+        append_jsonl(run.records, {"kind": "evaluate", **circumstances, **asdict(score)})
     return score, circumstances
+
+
+def _run_behind(target: str | Path) -> RunDirectory | None:
+    """The finished run that a target is, or whose model directory it is."""
+    for path in (Path(target), Path(target).absolute().parent):
+        if (path / RUN_FILE).is_file() and (path == Path(target) or Path(target).name == RunDirectory(path).model.name):
+            return open_run(path)
+    return None
 
 
 def _require_unseen(run: RunDirectory, windows: Any, text: str) -> None:

@@ -109,8 +109,17 @@ def check_seqlen(model: StreamedModel, seqlen: int) -> None:
         raise DataError(f"--seqlen {seqlen}: the model has {longest} positions. Use {longest} or less.")
 
 
-def prepare(source: str | Path, recipe: Recipe, run: RunDirectory, *, fresh: bool, device: str, dtype: str,
-            trust_remote_code: bool, progress: Progress) -> Job:  # fmt: skip
+def prepare(
+    source: str | Path,
+    recipe: Recipe,
+    run: RunDirectory,
+    *,
+    fresh: bool,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Job:
     """Decide everything and check everything; nothing is written.
 
     Raises:

@@ -163,7 +163,14 @@ def test_config_that_is_not_a_json_object(refuse: Refuse, model: Path, out: Path
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model_type": "no-such-architecture"}, {"model_type": 3}, {"hidden_size": "wide"}, {"num_attention_heads": 5}],
+    [
+        {"model_type": "no-such-architecture"},
+        {"model_type": 3},
+        {"hidden_size": "wide"},
+        {"hidden_size": -64},
+        {"num_attention_heads": 5},
+        {"num_attention_heads": 0},
+    ],
 )
 def test_config_that_transformers_refuses(
     refuse: Refuse, model: Path, out: Path, text: Path, changes: dict[str, object]
@@ -190,16 +197,15 @@ def test_pickled_weights_are_refused_and_never_unpickled(
     for command in (["quantize", model, "--out", out, *rtn(text)], ["inspect", model], ["evaluate", model, "--text", text]):
         refuse(*command, says=("pytorch_model.bin", "can run code", "Convert them to safetensors"))
     assert not (tmp_path / "exploded").exists()
-    with pytest.raises(NotADirectoryError):  # the bomb is live: it would have been seen
-        os.rmdir(torch.load(model / "pytorch_model.bin", weights_only=False) or tmp_path / "text.txt")
-    assert (tmp_path / "exploded").is_dir()
+    torch.load(model / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "exploded").is_dir(), "the bomb is a dud, so the test proves nothing"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_truncated_weights(refuse: Refuse, model: Path, out: Path, text: Path, keep: int) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refuse("quantize", model, "--out", out, *rtn(text), says=(str(file), "truncated or corrupt", "download it again"))
+    refuse("quantize", model, "--out", out, *rtn(text), says=(str(file), "truncated or corrupt"))
 
 
 @pytest.mark.parametrize("header", [b"{not json", b"[]", b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'])
@@ -219,7 +225,7 @@ def test_weight_that_is_not_finite(refuse: Refuse, model: Path, out: Path, text:
 def test_missing_shard(refuse: Refuse, model: Path, out: Path, text: Path) -> None:
     shard(model)
     (model / "model-00002-of-00002.safetensors").unlink()
-    says = ("1 of 2 weight shards missing", "model-00002-of-00002.safetensors", "Download")
+    says = ("1 of 2 weight shards missing", "model-00002-of-00002.safetensors")
     refuse("quantize", model, "--out", out, *rtn(text), says=says)
 
 
@@ -227,7 +233,7 @@ def test_missing_shard(refuse: Refuse, model: Path, out: Path, text: Path) -> No
 def test_broken_index(refuse: Refuse, model: Path, out: Path, text: Path, content: str) -> None:
     shard(model)
     (model / "model.safetensors.index.json").write_text(content)
-    says = ("model.safetensors.index.json", "not a valid index", "download it again")
+    says = ("model.safetensors.index.json", "not a valid index")
     refuse("quantize", model, "--out", out, *rtn(text), says=says)
 
 
@@ -253,8 +259,14 @@ def test_shape_that_the_configuration_does_not_have(
 def test_missing_tokenizer(refuse: Refuse, model: Path, out: Path, text: Path) -> None:
     for file in model.glob("tokenizer*"):
         file.unlink()
-    refuse("quantize", model, "--out", out, *rtn(text), says=(str(model), "tokenizer"))
-    refuse("evaluate", model, "--text", text, says=(str(model), "tokenizer"))
+    refuse("quantize", model, "--out", out, *rtn(text), says=(str(model), "no usable tokenizer"))
+    refuse("evaluate", model, "--text", text, says=(str(model), "no usable tokenizer"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"model": {"type": "BPE"}}'])
+def test_damaged_tokenizer(refuse: Refuse, model: Path, out: Path, text: Path, content: str) -> None:
+    (model / "tokenizer.json").write_text(content)
+    refuse("quantize", model, "--out", out, *rtn(text), says=(str(model), "no usable tokenizer"))
 
 
 def test_tokenizer_of_another_model(refuse: Refuse, model: Path, out: Path, text: Path) -> None:
@@ -306,7 +318,7 @@ def test_conv1d_weights(
         (["--scheme", "W4A8"], ("W4A8", "activation quantization is not available", "use A16")),
         (["--scheme", "W1A16-g32"], ("1 weight bits are out of range", "Use 2 to 8")),
         (["--scheme", "W9A16-g32"], ("9 weight bits are out of range", "Use 2 to 8")),
-        (["--scheme", "W4A16-g48"], ("model.layers.0.self_attn.q_proj", "64 is not divisible by group_size 48", "Use 32")),
+        (["--scheme", "W4A16-g48"], ("model.layers.0.self_attn.q_proj", "64 is not divisible by group_size 48", "Use 16, 32 or 64")),
         (["--scheme", "W4A16-g256"], ("64 is smaller than group_size 256", "channel")),
         (["--ignore", "*.down_prj"], ("'*.down_prj' matches no site", "Did you mean '*.down_proj'?")),
         (["--ignore", "re:("], ("'re:('", "not a regular expression", "Correct it")),
@@ -377,7 +389,7 @@ def test_missing_recipe_file(refuse: Refuse, tiny_llama_dir: Path, out: Path, tm
 
 
 def test_gptq_without_calibration(refuse: Refuse, tiny_llama_dir: Path, out: Path) -> None:
-    says = ("method gptq needs calibration text", "Give --calibration", "or use --method rtn")
+    says = ("method gptq needs calibration text", "Give --calibration", "--method rtn")
     refuse("quantize", tiny_llama_dir, "--out", out, "--scheme", "W4A16-g32", "--method", "gptq", *SMALL, says=says)
 
 
@@ -386,7 +398,7 @@ def test_gptq_without_calibration(refuse: Refuse, tiny_llama_dir: Path, out: Pat
     [
         ("empty.txt", b"", ("holds no text", "Give a source with text")),
         ("blank.txt", b" \n\n\t", ("holds no text",)),
-        ("short.txt", b"One sentence.", ("fewer" if False else "tokens make 0 windows of 64", "Use a longer text")),
+        ("short.txt", b"One sentence.", ("tokens make 0 windows of 64", "Use a longer text")),
         ("latin.txt", b"caf\xe9 " * 999, ("not UTF-8 at byte 3", "Convert it to UTF-8")),
         ("bad.jsonl", b'{"text": "one"}\n{"text": \n', ("bad.jsonl:2", "not JSON", "one JSON object per line")),
         ("list.jsonl", b'["one"]\n', ("list.jsonl:1", "not a JSON object")),

@@ -5,6 +5,7 @@ belong to one split, chosen by a hash of their path, so that a file is never bot
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,20 +24,27 @@ def stdlib_documents(split: str, *, with_tests: bool = False) -> Iterator[tuple[
         with_tests: also yield CPython's test suite (only in "train"; some installations lack it).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        top = name.split("/")[0]
-        is_test = top == "test" or "/test" in name
-        if top.startswith(TABLE_FOLDERS) or (is_test and not with_tests):
+    for name in sorted(_source_files(root)):
+        is_test = name.startswith("test/") or "/test" in name
+        if is_test and not with_tests:
             continue
         if not _belongs(split, 100 if is_test else _bucket(name)):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
+            text = (root / name).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a few test files are deliberately not UTF-8
         if len(text) >= MIN_CHARACTERS:
             yield name, text
+
+
+def _source_files(root: Path) -> Iterator[str]:
+    """Yield the paths of Python files below `root`, without descending into folders of tables and installed packages."""
+    for folder, subfolders, files in os.walk(root):
+        if folder == str(root):
+            subfolders[:] = [each for each in subfolders if not each.startswith(TABLE_FOLDERS)]
+        place = Path(folder).relative_to(root)
+        yield from ((place / file).as_posix() for file in files if file.endswith(".py"))
 
 
 def _belongs(split: str, bucket: int) -> bool:

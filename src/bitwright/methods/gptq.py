@@ -41,11 +41,14 @@ def gptq(
     Minimises tr(E H E^T), E = weight - result, greedily in column order.
 
     Args:
-        weight: [O, I] float32 or float64; not modified. hessian: [I, I], (2/T) X^T X over T tokens; symmetric PSD;
-        activation units squared. grid: scales and zero points; fixed unless `refit` is given. damp: fraction of
-        mean(diag H) added to the diagonal; > 0; raised in steps while no factor exists. block: columns per lazy
-        update. Changes speed, never the result. act_order: visit columns by descending diag H. refit: (current weights
-        of the group [O, g], first column, end column) -> grid of that group; only without act_order.
+        weight: [O, I] float32 or float64; not modified.
+        hessian: [I, I], (2/T) X^T X over T tokens; symmetric PSD; activation units squared.
+        grid: scales and zero points; fixed unless `refit` is given.
+        damp: fraction of mean(diag H) added to the diagonal; > 0; raised in steps while no factor exists.
+        block: columns per lazy update. Changes speed, never the result.
+        act_order: visit columns by descending diag H.
+        refit: (current weights of the group [O, g], first column, end column) -> grid of that group; only without
+            act_order.
     Raises:
         SingularHessian: no Cholesky factor even with the largest damping.
     Reference:
@@ -58,7 +61,7 @@ def gptq(
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(num_columns)
     columns = order.tolist()
-    ordered = hessian[order][:, order].clone()
+    ordered = hessian[order][:, order]
     ordered.diagonal()[dead[order]] = 1.0
     factor = damped_inverse_cholesky(ordered, damp).to(weight.dtype)
 

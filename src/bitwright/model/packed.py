@@ -1,11 +1,13 @@
 """The compressed-tensors `pack-quantized` layout: quantized weights to stored tensors and back.
 
-    <weight>_packed      int32 [O, ceil(I * bits / 32)]   element i at bits [i * bits, (i + 1) * bits) of a
-    little-endian row <weight>_scale       [O, G] (channel: [O, 1]; tensor: [1]) <weight>_zero_point  int32 [ceil(O *
-    bits / 32), G]   asymmetric only; packed along O <weight>_shape       int64 [2]
+    <weight>_packed      int32 [O, ceil(I * bits / 32)]   element i at bits [i * bits, (i + 1) * bits) of its row
+    <weight>_scale       [O, G]   (channel: [O, 1]; tensor: [1])
+    <weight>_zero_point  int32 [ceil(O * bits / 32), G]   asymmetric only; packed along O (tensor: int8 [1], not packed)
+    <weight>_shape       int64 [2]
 
 Stored codes are unsigned: a signed code q is stored as q + 2^(bits - 1). Asymmetric codes and zero points, which are 0
-.. 2^bits - 1 here, are stored as they are (the reader subtracts 2^(bits - 1) from both, which changes nothing).
+.. 2^bits - 1 here, are packed as they are (the reader subtracts 2^(bits - 1) from both, which changes nothing); the
+zero point that is not packed is stored with 2^(bits - 1) already subtracted.
 """
 
 import re
@@ -41,7 +43,7 @@ def encode(name: str, tensor: QTensor) -> dict[str, Tensor]:
         f"{name}_shape": torch.tensor(tensor.shape, dtype=torch.int64),
     }
     if grid.zero_point is not None:
-        stored[f"{name}_zero_point"] = pack(grid.zero_point.to(torch.int32).T.contiguous(), bits).T.contiguous()
+        stored[f"{name}_zero_point"] = _encode_zero_point(grid.zero_point, bits, grid.granularity)
     return stored
 
 
@@ -111,6 +113,11 @@ class Packing:
                     raise CheckpointError(
                         f"{self.path}: {name} has no scale or shape beside it; the file is incomplete."
                     )
+                if f"{dense}_g_idx" in names:
+                    raise CheckpointError(
+                        f"{self.path}: {dense}_g_idx gives the columns an order at run time, which is not supported. "
+                        "Quantize the original with a static order."
+                    )
                 found[dense] = parts
         return found
 
@@ -128,8 +135,7 @@ class Packing:
         scale = stored[f"{name}_scale"]
         zero_point = None
         if not symmetric:
-            zero_point = unpack(stored[f"{name}_zero_point"].T.contiguous(), bits, num_rows).T.contiguous()
-            zero_point = zero_point.to(torch.int32)
+            zero_point = _decode_zero_point(stored[f"{name}_zero_point"], bits, granularity, num_rows)
         grid = Grid(
             format=number_format,
             granularity=granularity,
@@ -153,6 +159,19 @@ class Packing:
                 f"{self.path}: {bits}-bit weights packed by compressed-tensors {self.version} use an older layout. "
                 "Save the model again with version 0.17 or newer."
             )
+
+
+def _encode_zero_point(zero_point: Tensor, bits: int, granularity: Granularity) -> Tensor:
+    if granularity.kind == "tensor":
+        return (zero_point.reshape(1) - (1 << (bits - 1))).to(torch.int8)
+    return pack(zero_point.to(torch.int32).T.contiguous(), bits).T.contiguous()
+
+
+def _decode_zero_point(stored: Tensor, bits: int, granularity: Granularity, num_rows: int) -> Tensor:
+    """Return the zero points [R, G] int32 as they count here, from 0."""
+    if granularity.kind == "tensor":
+        return stored.to(torch.int32).reshape(1, 1) + (1 << (bits - 1))
+    return unpack(stored.T.contiguous(), bits, num_rows).T.contiguous().to(torch.int32)
 
 
 def _matches(target: str, module: str) -> bool:

@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -15,6 +16,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from bitwright.errors import CheckpointError
 from bitwright.model.checkpoint import Checkpoint
+
+CONSTRUCTION_ERRORS = (
+    ValueError, KeyError, ImportError, OSError, AttributeError, TypeError, RuntimeError, ArithmeticError
+)  # fmt: skip
+"""What transformers raises for a configuration it does not know or cannot follow."""
 
 
 class Skeleton:
@@ -164,8 +170,8 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: 
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
             )
-    except (ValueError, KeyError, ImportError, OSError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (*CONSTRUCTION_ERRORS, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{checkpoint.path}: transformers cannot build this model ({reason}).") from None
     return cast(PreTrainedModel, model.eval())
 

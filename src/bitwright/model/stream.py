@@ -7,7 +7,7 @@ model's own code.
 """
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,13 +28,17 @@ class BlockCall:
     kwargs: dict[str, Any]
 
 
-class Relay(nn.Module):
-    """Stands in for a decoder block: records its call and passes the hidden state on."""
+class _Entered(Exception):
+    """Raised by the last relay: every call is known, and the head, whose logits are what is largest, need not run."""
 
-    def __init__(self, block: nn.Module, *, returns_tuple: bool) -> None:
+
+class Relay(nn.Module):
+    """Stands in for a decoder block: records its call and passes the hidden state on, or stops the model there."""
+
+    def __init__(self, block: nn.Module, *, returns_tuple: bool, stops: bool) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)
-        self.returns_tuple = returns_tuple
+        self.returns_tuple, self.stops = returns_tuple, stops
         self.call: BlockCall | None = None
         self.received: Tensor | None = None
         self.injected: Tensor | None = None
@@ -51,6 +55,8 @@ class Relay(nn.Module):
         hidden = cast(Tensor, args[0] if args else rest.pop("hidden_states"))
         self.received = hidden
         self.call = BlockCall(args=args[1:], kwargs=rest)
+        if self.stops:
+            raise _Entered
         passed = hidden if self.injected is None else self.injected
         return (passed,) if self.returns_tuple else passed
 
@@ -73,7 +79,7 @@ class StreamedModel:
         self.blocks_path, self.block_names = find_blocks(self.skeleton.model)
         self.device, self.dtype = torch.device(device), dtype
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
-        self._returns_tuple = False
+        self._returns_tuple: bool | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -108,18 +114,16 @@ class StreamedModel:
             StructureError: the model changes the hidden state between blocks, or calls them with token-dependent
             arguments.
         """
-        for returns_tuple in (self._returns_tuple, not self._returns_tuple):
-            relays, logits = self._run(input_ids, None, returns_tuple)
-            first = relays[0].received
-            passed_on = all(relay.received is first for relay in relays)
-            if first is not None and passed_on and logits.shape[:2] == input_ids.shape:
-                self._returns_tuple = returns_tuple
-                self._remember(tuple(input_ids.shape), [cast(BlockCall, relay.call) for relay in relays])
-                return first
-        raise StructureError(
-            f"{type(self.skeleton.model).__name__}: the hidden state is changed between decoder blocks; "
-            "this architecture cannot be streamed yet."
-        )
+        if self._returns_tuple is None:
+            self._returns_tuple = self._learn_returns_tuple(input_ids[:1])
+        relays = self._relays(self._returns_tuple)
+        relays[-1].stops = True
+        with suppress(_Entered):
+            self._forward(relays, input_ids)
+        first = relays[0].received
+        assert first is not None
+        self._remember(tuple(input_ids.shape), [cast(BlockCall, relay.call) for relay in relays])
+        return first
 
     def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Return the output [B, T, D] of block `index` for the hidden state [B, T, D]."""
@@ -130,27 +134,38 @@ class StreamedModel:
 
     def leave(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the logits [B, T, V] (float32) for the last block's output; needs `outside()`."""
-        _, logits = self._run(input_ids, hidden, self._returns_tuple)
-        return logits.float()
+        relays = self._relays(bool(self._returns_tuple))
+        relays[0].injected = hidden
+        return self._forward(relays, input_ids).float()
 
-    def _run(self, input_ids: Tensor, injected: Tensor | None, returns_tuple: bool) -> tuple[list[Relay], Tensor]:
+    def _learn_returns_tuple(self, input_ids: Tensor) -> bool:
+        """Try both kinds of block output: with the wrong one the model fails or loses the hidden state on the way."""
+        for returns_tuple in (False, True):
+            relays = self._relays(returns_tuple)
+            with suppress(IndexError, ValueError, RuntimeError):
+                logits = self._forward(relays, input_ids)
+                first = relays[0].received
+                if logits.shape[:2] == input_ids.shape and all(relay.received is first for relay in relays):
+                    return returns_tuple
+        raise StructureError(
+            f"{type(self.skeleton.model).__name__}: the hidden state is changed between decoder blocks; "
+            "this architecture cannot be streamed yet."
+        )
+
+    def _relays(self, returns_tuple: bool) -> list[Relay]:
+        blocks = cast(nn.ModuleList, self.skeleton.model.get_submodule(self.blocks_path))
+        return [Relay(block, returns_tuple=returns_tuple, stops=False) for block in blocks]
+
+    def _forward(self, relays: list[Relay], input_ids: Tensor) -> Tensor:
+        """Run the model with relays in the blocks' place and return the logits."""
         model = self.skeleton.model
         original = model.get_submodule(self.blocks_path)
-        relays = [Relay(block, returns_tuple=returns_tuple) for block in cast(nn.ModuleList, original)]
-        relays[0].injected = injected
         model.set_submodule(self.blocks_path, nn.ModuleList(relays))
         try:
             with torch.no_grad():
-                logits = cast(Tensor, model(input_ids=input_ids.to(self.device), use_cache=False).logits)
-        except (IndexError, ValueError, RuntimeError):
-            if injected is not None:
-                raise
-            logits = torch.empty(
-                0, 0
-            )  # a tensor where the model expects a tuple, or the reverse: enter() tries the other
+                return cast(Tensor, model(input_ids=input_ids.to(self.device), use_cache=False).logits)
         finally:
             model.set_submodule(self.blocks_path, original)
-        return relays, logits
 
     def _remember(self, shape: tuple[int, ...], calls: list[BlockCall]) -> None:
         key = (shape[0], shape[1])

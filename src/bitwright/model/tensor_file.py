@@ -33,7 +33,7 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
             temporary.unlink()
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         raise ResourceError(
-            f"{path}: cannot be written ({reason}). Free disk space or choose another directory, then repeat the command."
+            f"{path}: cannot be written ({reason}). Free disk space or choose another directory; then start again."
         ) from None
 
 

@@ -23,19 +23,17 @@ _LAST_INDEX = re.compile(r"\[\d+\]$")
 def depth_chart(blocks: Sequence[BlockFact]) -> Chart:
     """Signal to noise of the hidden state after each block."""
     values = [_drawable(block.hidden_sqnr_db) for block in blocks]
-    labels = [
-        f"<b>{_text(block.block)}</b><br>{wording.decibel(block.hidden_sqnr_db)}"
-        for block in blocks
-    ]
+    labels = [f"<b>{_text(block.block)}</b><br>{wording.decibel(block.hidden_sqnr_db)}" for block in blocks]
     trace = _trace("scatter", list(range(len(blocks))), values, labels, colour=0)
-    return _chart([{**trace, "mode": "lines+markers"}], "Block", "Hidden-state SQNR (dB)")
+    return _chart([{**trace, "mode": "lines+markers"}], _block_axis(len(blocks)), "Hidden-state SQNR (dB)")
 
 
 def time_chart(blocks: Sequence[BlockFact]) -> Chart:
     """Seconds per block."""
     values = [_drawable(block.seconds) for block in blocks]
     labels = [f"<b>{_text(block.block)}</b><br>{wording.duration(block.seconds)}" for block in blocks]
-    chart = _chart([_trace("bar", list(range(len(blocks))), values, labels, colour=0)], "Block", "Seconds")
+    trace = _trace("bar", list(range(len(blocks))), values, labels, colour=0)
+    chart = _chart([trace], _block_axis(len(blocks)), "Seconds")
     chart["layout"]["yaxis"]["rangemode"] = "tozero"
     return chart
 
@@ -64,7 +62,7 @@ def site_chart(sites: Sequence[SiteFact], block_order: Mapping[str, int], measur
             colour=index,
         )
         traces.append({**trace, "mode": "markers", "name": _text(kind)})
-    chart = _chart(traces, "Block", f"SQNR of the {MEASURES[measure]} (dB)")
+    chart = _chart(traces, _block_axis(len(block_order)), f"SQNR of the {MEASURES[measure]} (dB)")
     chart["layout"]["showlegend"] = True
     return chart
 
@@ -94,13 +92,22 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
     points.update(
         mode="markers+text",
         text=[_text(str(row.get("name", ""))) for row in drawn],
-        textposition="top center",
+        textposition=["bottom left" if row in best else "top right" for row in drawn],
+        cliponaxis=False,
         error_y={"type": "data", "color": "--c0", "thickness": 1, "width": 3, **_log_errors(drawn)},
     )
-    chart = _chart([frontier, points], "Bits per weight", "KL divergence (nats per token, log scale)")
-    chart["layout"]["xaxis"] = {"title": {"text": "Bits per weight"}}
-    chart["layout"]["yaxis"].update(type="log", dtick=1)
+    axis = {"title": {"text": "Bits per weight"}, **_padded([row["bits_per_weight"] for row in drawn])}
+    chart = _chart([frontier, points], axis, "KL divergence (nats/token)")
+    chart["layout"]["yaxis"].update(type="log", dtick=1, **_padded([math.log10(row["kl_mean"]) for row in drawn]))
     return chart
+
+
+def _padded(values: Sequence[float]) -> dict[str, Any]:
+    """An axis range with room for the labels beside the outermost points."""
+    if not values:
+        return {}
+    room = 0.15 * (max(values) - min(values)) or 1.0
+    return {"range": [min(values) - room, max(values) + room]}
 
 
 def _log_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -136,13 +143,18 @@ def _trace(kind: str, x: Sequence[Any], y: Sequence[Any], labels: Sequence[str],
     trace: dict[str, Any] = {"type": kind, "x": x, "y": y, "hovertext": labels, "hoverinfo": "text"}
     if kind == "bar":
         return {**trace, "marker": {"color": name}}
-    marker = {"color": name, "symbol": SYMBOLS[colour % NUM_COLOURS], "size": 7}
+    marker = {"color": name, "symbol": SYMBOLS[(colour + colour // NUM_COLOURS) % NUM_COLOURS], "size": 7}
     return {**trace, "marker": marker, "line": {"color": name, "width": 2}}
 
 
-def _chart(traces: list[dict[str, Any]], x: str, y: str) -> Chart:
-    axis = {"title": {"text": x}, "tickformat": "d", "rangemode": "nonnegative"}
-    return {"data": traces, "layout": {"showlegend": False, "xaxis": axis, "yaxis": {"title": {"text": y}}}}
+def _chart(traces: list[dict[str, Any]], x: dict[str, Any], y: str) -> Chart:
+    return {"data": traces, "layout": {"showlegend": False, "xaxis": x, "yaxis": {"title": {"text": y}}}}
+
+
+def _block_axis(num_blocks: int) -> dict[str, Any]:
+    """Whole block numbers, with half a block of air at either end."""
+    step = max(1, 10 ** math.ceil(math.log10(max(num_blocks, 1) / 15)))
+    return {"title": {"text": "Block"}, "range": [-0.5, max(num_blocks, 1) - 0.5], "tick0": 0, "dtick": step}
 
 
 def _drawable(value: Figure) -> float | None:

@@ -146,7 +146,7 @@ class Facts:
 
     @property
     def figure(self) -> str:
-        """The figure by which sites are ranked: their output's error where it was measured, else that of their weights."""
+        """The figure that ranks sites: the error of their output where it was measured, else of their weights."""
         has_output = any(site.output_sqnr_db is not None for site in self.sites)
         return "output_sqnr_db" if has_output else "weight_sqnr_db"
 

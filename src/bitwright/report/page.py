@@ -5,9 +5,9 @@ data; a content security policy in its head forbids the browser to fetch anythin
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,10 +16,10 @@ from plotly.offline import get_plotlyjs
 
 from bitwright.records import write_text_atomic
 from bitwright.report import charts, story, wording
-from bitwright.report.facts import Facts, SiteFact, is_finite, read_facts
+from bitwright.report.facts import Facts, SiteFact, read_facts
 from bitwright.runs import RunDirectory
 
-FILTERS = {
+FILTERS: Mapping[str, Callable[..., str]] = {
     "number": wording.number,
     "fixed": wording.fixed,
     "count": wording.count,
@@ -27,7 +27,6 @@ FILTERS = {
     "decibel": wording.decibel,
     "size": wording.size,
     "duration": wording.duration,
-    "noise_share": wording.noise_share,
 }
 SITE_DIGITS = {
     "bits_per_weight": 3,
@@ -122,8 +121,7 @@ def _write(template: str, out: Path, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(FILTERS)
-    environment.tests["finite"] = is_finite
+    cast(dict[str, Any], environment.filters).update(FILTERS)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "ensure_ascii": False}
     text = environment.get_template(template).render(plotly_js=Markup(get_plotlyjs()), **values)
     # Half a surrogate pair, which JSON can carry and UTF-8 cannot, becomes a question mark.

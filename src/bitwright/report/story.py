@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from bitwright.report import wording
@@ -44,12 +45,17 @@ def verdict(facts: Facts) -> list[str]:
         f"{wording.size(r.original_size_bytes)} to {wording.size(r.size_bytes)}{_saving(r)}."
     ]
     loss = (
-        f"On {wording.count(r.gate_tokens)} predicted tokens that no method had seen, its next-token distribution is "
-        f"{wording.with_stderr(r.kl_mean, r.kl_stderr)} nats away from the original's"
+        f"On {wording.count(r.gate_tokens)} predicted tokens that no method had seen, its next-token distribution "
+        f"diverges from the original's by {wording.with_stderr(r.kl_mean, r.kl_stderr)} nats per token"
     )
-    gate = f" (the gate is {wording.number(facts.max_kl)})" if facts.max_kl is not None else ""
+    gate = f" (the gate is {facts.max_kl:g})" if facts.max_kl is not None else ""
     sentences.append(f"{loss}{gate}, and both put the same token first in {wording.percent(r.same_top1)} of cases.")
     return sentences
+
+
+def short_name(facts: Facts) -> str:
+    """The last part of the model's path or hub id."""
+    return str(facts.asked.get("model", "")).rstrip("/").rsplit("/", 1)[-1] or "model"
 
 
 def _saving(r: Results) -> str:
@@ -73,8 +79,8 @@ def tail_note(facts: Facts) -> str:
     tokens = facts.results.gate_tokens
     if tokens is None or not math.isfinite(tokens) or tokens / 1000 >= NUM_TAIL_TOKENS:
         return ""
-    above = math.ceil(tokens / 1000)
-    return f"Only {wording.things(above, 'token')} of {wording.count(tokens)} lie beyond the 99.9 % mark: a rough figure."
+    above = max(1, round(tokens / 1000))
+    return f"Only about {wording.things(above, 'token')} in {wording.count(tokens)} lie beyond 99.9 %: a rough figure."
 
 
 def doubts(facts: Facts) -> list[str]:
@@ -109,13 +115,17 @@ def asked(facts: Facts) -> list[tuple[str, str]]:
         if key == "calibration":
             rows.append((label, _calibration(mapping_or_empty(value))))
         elif key == "max_kl":
-            rows.append((label, f"KL divergence at most {wording.number(facts.max_kl)} nats per token"))
+            rows.append((label, _gate(facts)))
         else:
             rows.append((label, plain(value)))
     for key, label in (("device", "Computed on"), ("dtype", "Activations computed in")):
         if facts.context.get(key) is not None:
             rows.append((label, str(facts.context[key])))
     return rows
+
+
+def _gate(facts: Facts) -> str:
+    return "none" if facts.max_kl is None else f"KL divergence at most {facts.max_kl:g} nats per token"
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:
@@ -169,7 +179,7 @@ def depth(facts: Facts) -> str:
         f"After {last_name}, the last block with a figure, the hidden state stands {wording.decibel(last)} above its "
         f"error: the error has {wording.noise_share(last)} of the signal's energy."
     )
-    steps = [(here - before, name) for (_, before), (name, here) in zip(known, known[1:], strict=False)]
+    steps = [(here - before, name) for (_, before), (name, here) in pairwise(known)]
     if steps and min(steps)[0] < 0:
         step, name = min(steps)
         text += f" The largest loss in one step after the first block is {wording.decibel(-step)}, at {name}."
