@@ -29,7 +29,7 @@ DTYPE = torch.bfloat16
 def tensor_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of all tensors, in the order they are stored."""
     hidden, ffn = config.hidden_size, config.intermediate_size
-    key_value = hidden // config.num_attention_heads * config.num_key_value_heads
+    key_value = hidden // config.num_attention_heads * (config.num_key_value_heads or config.num_attention_heads)
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     for index in range(config.num_hidden_layers):
         block = f"model.layers.{index}"
@@ -79,7 +79,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_model(config: LlamaConfig, out: Path, *, shard_bytes: int, seed: int) -> int:
-    """Write the whole directory; return how many parameters it holds. The configuration, written last, marks it complete."""
+    """Write the whole directory; return how many parameters it holds. config.json, written last, marks it complete."""
     out.mkdir(parents=True, exist_ok=True)
     shards = cut_into_shards(config, shard_bytes)
     weight_map: dict[str, str] = {}

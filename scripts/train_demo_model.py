@@ -11,6 +11,7 @@ card (README.md beside the weights) is written from what was measured.
 import argparse
 import json
 import math
+import os
 import platform
 import time
 from datetime import date
@@ -206,7 +207,7 @@ def main() -> None:
         ffn=config.intermediate_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
         vocabulary=VOCABULARY, python=platform.python_version(), train_tokens=len(train), heldout_tokens=len(heldout),
         epochs=args.steps * BATCH * CONTEXT / len(train), steps=args.steps, batch=BATCH, context=CONTEXT, hours=hours,
-        machine=f"{torch.get_num_threads()} CPU cores" if device == "cpu" else torch.cuda.get_device_name(),
+        machine=f"{os.cpu_count()} CPU cores" if device == "cpu" else torch.cuda.get_device_name(),
         date=date.today().isoformat(), perplexity=perplexity, unigram=math.exp(unigram_nll(train, heldout)),
     )  # fmt: skip
     (args.out / "README.md").write_text(card)

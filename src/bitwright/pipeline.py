@@ -80,9 +80,9 @@ def quantize(
         progress=progress,
     )
     done = 0
-    if fresh or not run.is_complete:
-        run.start(job.fingerprint, _asked(model, job), fresh=fresh)
+    if fresh or not run.is_complete or run.work.exists():
         try:
+            run.start(job.fingerprint, _asked(model, job), fresh=fresh)
             done = 0 if run.is_complete else _carry_out(job, run, begun, progress)
         finally:
             run.release()

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
-from bitwright.errors import BitwrightError, ResourceError, RunError
+from bitwright.errors import ResourceError, RunError
 from bitwright.records import write_json_atomic
 
 RUN_FILE = "run.json"
@@ -95,7 +95,7 @@ class RunDirectory:
             )
 
     def start(self, fingerprint: str, asked: dict[str, Any], *, fresh: bool) -> None:
-        """Take the lock and make the folder this run's own; `fresh` discards what an earlier run left.
+        """Take the lock (until `release`) and make the folder this run's own; `fresh` discards what an earlier run left.
 
         A kill between any two steps leaves a folder that the next start accepts: run.json is there before anything
         else, and the journal of discarded work goes first.
@@ -118,11 +118,7 @@ class RunDirectory:
                 self.work.mkdir(exist_ok=True)
                 self.model.mkdir(exist_ok=True)
         except OSError as error:
-            self.release()
             raise ResourceError(f"{self.path}: cannot be written ({error.strerror}). Choose another --out.") from None
-        except BitwrightError:
-            self.release()
-            raise
 
     def judge(self, failure: str | None) -> None:
         """Record why the run failed, or that it did not after all (the gate is not part of what identifies a run)."""

@@ -87,6 +87,7 @@ class Walk:
     def execute(self) -> tuple[Activations, Activations]:
         """Quantize every block not yet done; return the gate's and the reference's last hidden states."""
         done = self.resumed_blocks
+        self.progress("quantize", done, self.model.num_blocks)
         streams = self._enter() if done == 0 else self._reopen(done)
         for index in range(done, self.model.num_blocks):
             streams = self._block(index, streams)

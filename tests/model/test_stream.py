@@ -1,4 +1,4 @@
-"""A streamed model computes what the whole model computes, on every architecture, and refuses those it cannot follow."""
+"""A streamed model computes what the whole model does, on every architecture, and refuses what it cannot follow."""
 
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict() and buffer.is_floating_point():
+                path, _, leaf = name.rpartition(".")
+                noise = 0.05 * torch.randn(buffer.shape)
+                # In float32, as the original stores it, and where bfloat16 is too coarse to hold the differences.
+                setattr(model.get_submodule(path), leaf, buffer.float() + 8 + noise)
     model.save_pretrained(folder)
     return model, folder
 
@@ -205,7 +211,9 @@ class Detour(nn.Module):
         if self.way == "skipping":
             layers = layers[::2]
         for layer in layers:
-            if self.way == "tokens":
+            if self.way == "tokens as a number":
+                options["number"] = int(input_ids.sum())
+            if self.way == "tokens as a mask":
                 options["attention_mask"] = input_ids[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1) > 40
             hidden = layer(hidden, **options)
             if self.way == "altered":
@@ -245,8 +253,9 @@ def test_blocks_called_otherwise_than_once_in_order_are_refused(way: str, tmp_pa
         model.enter(ids_of(2))
 
 
-def test_arguments_that_depend_on_the_tokens_are_refused(tmp_path: Path) -> None:
-    model = detoured(tmp_path, "tokens")
+@pytest.mark.parametrize("way", ["tokens as a mask", "tokens as a number"])
+def test_arguments_that_depend_on_the_tokens_are_refused(way: str, tmp_path: Path) -> None:
+    model = detoured(tmp_path, way)
     with model.outside():
         model.enter(ids_of(2))
         with pytest.raises(StructureError, match="arguments that depend on the tokens"):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from bitwright.errors import RecipeError, ShapeError, SingularHessian
+from bitwright.numerics import linalg
 from bitwright.numerics.linalg import accumulate_gram, damped_inverse_cholesky, dead_columns
 
 
@@ -93,3 +94,20 @@ def test_dead_columns() -> None:
     x = inputs(10, 4)
     x[:, 2] = 0
     assert dead_columns(x.T @ x).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("stripe", [1, 7, 23, 24, 25])
+def test_the_stripe_width_changes_speed_only(stripe: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(200, 24).double()
+    whole = torch.zeros(24, 24, dtype=torch.float64)
+    accumulate_gram(whole, x)
+    factor = damped_inverse_cholesky(whole, 0.01)
+    monkeypatch.setattr(linalg, "STRIPE", stripe)
+    gram = torch.zeros(24, 24, dtype=torch.float64)
+    accumulate_gram(gram, x)
+    assert torch.equal(gram, gram.T)
+    eps = torch.finfo(torch.float64).eps
+    assert ((gram - whole).abs() <= 200 * eps * (x.abs().T @ x.abs())).all()
+    striped = damped_inverse_cholesky(whole, 0.01)
+    assert torch.equal(striped, striped.triu())
+    assert torch.linalg.norm(striped - factor) <= 24 * torch.linalg.cond(factor) * eps * torch.linalg.norm(factor)

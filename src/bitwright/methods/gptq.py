@@ -62,7 +62,7 @@ def gptq(
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(num_columns)
     columns = order.tolist()
     ordered = hessian[order][:, order]
-    ordered.diagonal()[dead[order]] = 1.0
+    ordered.diagonal()[dead[order]] = _stand_in(diagonal[~dead])
     factor = damped_inverse_cholesky(ordered, damp).to(weight.dtype)
 
     work = weight.clone()
@@ -115,6 +115,11 @@ class _Sweep:
 
     def result(self, num_columns: int) -> QTensor:
         return QTensor(codes=self.codes[:num_columns].T.contiguous(), grid=self.grid)
+
+
+def _stand_in(live: Tensor) -> Tensor:
+    """What to put on the diagonal of dead columns: the mean of the others, which leaves the damping what it was."""
+    return live.mean() if live.numel() else live.new_ones(())
 
 
 def _own_copy(grid: Grid) -> Grid:

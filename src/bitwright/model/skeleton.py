@@ -4,6 +4,7 @@ Checkpoint names become parameter names by transformers' own conversion rules, s
 per-expert checkpoints of models with fused 3-D expert parameters load here exactly as `from_pretrained` loads them.
 """
 
+import re
 from copy import deepcopy
 from typing import Any, cast
 
@@ -157,8 +158,16 @@ class Skeleton:
             value = torch.empty(old.shape, dtype=old.dtype, device="meta")
         else:
             self._check_shape(name, tuple(value.shape), tuple(old.shape))
-            value = value.to(self.device, self.dtype if value.is_floating_point() else None)
+            value = value.to(self.device, self._dtype_of(name, old) if value.is_floating_point() else None)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value)
+
+    def _dtype_of(self, name: str, parameter: Tensor) -> torch.dtype:
+        """The parameter's own type, or the one transformers keeps it in (a router's correction bias is float32)."""
+        plan = self.model._get_dtype_plan(self.dtype)  # pyright: ignore[reportPrivateUsage]
+        for pattern, dtype in plan.items():
+            if re.search(pattern.replace("*", ".*"), name):
+                return dtype
+        return parameter.dtype
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

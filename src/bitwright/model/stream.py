@@ -35,9 +35,10 @@ class _Entered(Exception):
 class Relay(nn.Module):
     """Stands in for a decoder block: records its call and passes the hidden state on, or stops the model there."""
 
-    def __init__(self, block: nn.Module, *, returns_tuple: bool, stops: bool) -> None:
+    def __init__(self, block: nn.Module, index: int, called: list[int], *, returns_tuple: bool, stops: bool) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)
+        self.index, self.called = index, called  # one list for all relays of a forward: who was called, in turn
         self.returns_tuple, self.stops = returns_tuple, stops
         self.call: BlockCall | None = None
         self.received: Tensor | None = None
@@ -53,6 +54,7 @@ class Relay(nn.Module):
         """Record the call; return the hidden state, or the injected one, in the form the model expects."""
         rest = dict(kwargs)
         hidden = cast(Tensor, args[0] if args else rest.pop("hidden_states"))
+        self.called.append(self.index)
         self.received = hidden
         self.call = BlockCall(args=args[1:], kwargs=rest)
         if self.stops:
@@ -111,8 +113,8 @@ class StreamedModel:
         Also learns how the blocks are called for this batch shape.
 
         Raises:
-            StructureError: the model changes the hidden state between blocks, or calls them with token-dependent
-            arguments.
+            StructureError: the model changes the hidden state between blocks, calls them otherwise than once in their
+            order, or with token-dependent arguments.
         """
         if self._returns_tuple is None:
             self._returns_tuple = self._learn_returns_tuple(input_ids[:1])
@@ -140,21 +142,29 @@ class StreamedModel:
 
     def _learn_returns_tuple(self, input_ids: Tensor) -> bool:
         """Try both kinds of block output: with the wrong one the model fails or loses the hidden state on the way."""
+        name = type(self.skeleton.model).__name__
         for returns_tuple in (False, True):
             relays = self._relays(returns_tuple)
-            with suppress(IndexError, ValueError, RuntimeError):
+            with suppress(IndexError, ValueError, RuntimeError, AttributeError, TypeError):
                 logits = self._forward(relays, input_ids)
-                first = relays[0].received
-                if logits.shape[:2] == input_ids.shape and all(relay.received is first for relay in relays):
+                received = [relay.received for relay in relays if relay.received is not None]
+                if logits.shape[:2] == input_ids.shape and all(each is received[0] for each in received):
+                    if relays[0].called != list(range(len(relays))):
+                        raise StructureError(
+                            f"{name}: its decoder blocks are not called once, in their order; "
+                            "this architecture cannot be streamed yet."
+                        )
                     return returns_tuple
         raise StructureError(
-            f"{type(self.skeleton.model).__name__}: the hidden state is changed between decoder blocks; "
-            "this architecture cannot be streamed yet."
+            f"{name}: the hidden state is changed between decoder blocks; this architecture cannot be streamed yet."
         )
 
     def _relays(self, returns_tuple: bool) -> list[Relay]:
         blocks = cast(nn.ModuleList, self.skeleton.model.get_submodule(self.blocks_path))
-        return [Relay(block, returns_tuple=returns_tuple, stops=False) for block in blocks]
+        called: list[int] = []
+        return [
+            Relay(block, index, called, returns_tuple=returns_tuple, stops=False) for index, block in enumerate(blocks)
+        ]
 
     def _forward(self, relays: list[Relay], input_ids: Tensor) -> Tensor:
         """Run the model with relays in the blocks' place and return the logits."""
@@ -186,4 +196,6 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return bool(a == b) or type(a) is type(b)
+    if isinstance(a, (bool, int, float, str)):
+        return a == b
+    return type(a) is type(b)  # None, a cache, a configuration

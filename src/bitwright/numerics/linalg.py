@@ -8,8 +8,8 @@ from bitwright.errors import RecipeError, ShapeError, SingularHessian
 DAMP_STEP = 0.01
 MAX_DAMP = 0.25
 
-# Columns worked on at once where a matrix is triangular or symmetric: wide enough for a fast matrix product, narrow enough
-# to skip nearly all of the other triangle.
+# Columns worked on at once where a matrix is triangular or symmetric: wide enough for a fast matrix product, narrow
+# enough to skip nearly all of the other triangle.
 STRIPE = 512
 
 
@@ -60,7 +60,7 @@ def damped_inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     factors the inverse.
 
     Args:
-        hessian: [I, I], symmetric PSD, not modified; give dead columns a diagonal of 1 first.
+        hessian: [I, I], symmetric PSD, not modified; give dead columns the mean of the other diagonal entries first.
         damp: fraction of the mean diagonal; >= 0.
     Returns:
         [I, I] in the dtype of `hessian`; computed in float64 where the device has it.

@@ -98,7 +98,9 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
     )
     axis = {"title": {"text": "Bits per weight"}, **_padded([row["bits_per_weight"] for row in drawn])}
     chart = _chart([frontier, points], axis, "KL divergence (nats/token)")
-    chart["layout"]["yaxis"].update(type="log", dtick=1, **_padded([math.log10(row["kl_mean"]) for row in drawn]))
+    chart["layout"]["yaxis"].update(
+        type="log", dtick=1, exponentformat="none", **_padded([math.log10(row["kl_mean"]) for row in drawn])
+    )
     return chart
 
 
@@ -106,7 +108,7 @@ def _padded(values: Sequence[float]) -> dict[str, Any]:
     """An axis range with room for the labels beside the outermost points."""
     if not values:
         return {}
-    room = 0.15 * (max(values) - min(values)) or 1.0
+    room = 0.22 * (max(values) - min(values)) or 1.0
     return {"range": [min(values) - room, max(values) + room]}
 
 
@@ -123,7 +125,7 @@ def _is_positive(value: Figure) -> bool:
 
 def _row_label(row: Mapping[str, Any]) -> str:
     return (
-        f"<b>{_text(str(row.get('name', '')))}</b><br>{wording.fixed(row['bits_per_weight'], 2)} bits per weight"
+        f"<b>{_text(str(row.get('name', '')))}</b><br>{wording.fixed(row['bits_per_weight'], 3)} bits per weight"
         f"<br>KL {wording.with_stderr(row['kl_mean'], row.get('kl_stderr'))} nats/token"
         f"<br>{wording.size(row.get('size_bytes'))}"
     )
@@ -134,7 +136,7 @@ def _site_label(site: SiteFact, num_members: int) -> str:
     if num_members > 1:
         lines.append(f"worst of {num_members} in this block")
     lines.append(f"output {wording.decibel(site.output_sqnr_db)}, weights {wording.decibel(site.weight_sqnr_db)}")
-    lines.append(f"{_text(site.scheme)} by {_text(site.method)}, {wording.fixed(site.bits_per_weight, 2)} bits/weight")
+    lines.append(f"{_text(site.scheme)} by {_text(site.method)}, {wording.fixed(site.bits_per_weight, 3)} bits/weight")
     return "<br>".join(lines)
 
 

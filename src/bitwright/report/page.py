@@ -110,7 +110,7 @@ def _rounded(value: float | None, digits: int) -> float | int | None:
 
 def _link(report: str | None) -> str | None:
     """A relative path as a URL: whatever could be read as a scheme or a query is quoted."""
-    return None if report is None else quote(str(report).replace("\\", "/"), safe="/")
+    return None if report is None else quote(report, safe="/")
 
 
 def _write(template: str, out: Path, **values: Any) -> Path:

@@ -41,21 +41,24 @@ def verdict(facts: Facts) -> list[str]:
     if r.num_quantized == 1:
         done += "s"
     sentences = [
-        f"{done} {wording.fixed(r.bits_per_weight, 2)} bits per weight, and the model went from "
+        f"{done} {wording.fixed(r.bits_per_weight, 3)} bits per weight, and the model went from "
         f"{wording.size(r.original_size_bytes)} to {wording.size(r.size_bytes)}{_saving(r)}."
     ]
     loss = (
         f"On {wording.count(r.gate_tokens)} predicted tokens that no method had seen, its next-token distribution "
         f"diverges from the original's by {wording.with_stderr(r.kl_mean, r.kl_stderr)} nats per token"
     )
-    gate = f" (the gate is {facts.max_kl:g})" if facts.max_kl is not None else ""
+    is_told = facts.max_kl is not None and within_gate(facts) == (facts.failure is None)
+    gate = f" (the gate is {facts.max_kl:g})" if is_told else ""
     sentences.append(f"{loss}{gate}, and both put the same token first in {wording.percent(r.same_top1)} of cases.")
     return sentences
 
 
-def short_name(facts: Facts) -> str:
-    """The last part of the model's path or hub id."""
-    return str(facts.asked.get("model", "")).rstrip("/").rsplit("/", 1)[-1] or "model"
+def heading(facts: Facts) -> str:
+    """The run in a few words: the last part of the model's path or hub id, the scheme and the method."""
+    name = str(facts.asked.get("model", "")).rstrip("/").rsplit("/", 1)[-1] or "a model"
+    scheme, method = facts.recipe.get("scheme"), facts.recipe.get("method")
+    return name + (f" in {scheme}" if scheme else "") + (f" by {method}" if method else "")
 
 
 def _saving(r: Results) -> str:
@@ -84,7 +87,7 @@ def tail_note(facts: Facts) -> str:
 
 
 def doubts(facts: Facts) -> list[str]:
-    """Contradictions inside the run directory: signs that a file was edited or lost a part."""
+    """What does not fit together in the run directory: signs that it was edited, lost a part or was judged again."""
     r, found = facts.results, list[str]()
     for name, expected, actual in (
         ("quantized sites", r.num_quantized, len(facts.sites)),
@@ -97,7 +100,10 @@ def doubts(facts: Facts) -> list[str]:
     elif repr(facts.recorded) != repr(r):  # by text, because nan differs from itself
         found.append("The headline figures in run.json and in the records differ.")
     if facts.failure is None and not within_gate(facts):
-        found.append("The run is marked as passed, but its KL divergence is not under its gate.")
+        found.append(
+            "The run counts as passed, though its KL divergence is not under the recipe's gate: "
+            "it was judged again with another one, or the file was edited."
+        )
     return found
 
 
@@ -162,7 +168,7 @@ def site_sentence(site: SiteFact) -> str:
     for value, what in ((site.output_sqnr_db, "output"), (site.weight_sqnr_db, "weights")):
         if value is not None and math.isfinite(value):
             parts.append(f"{what} {wording.decibel(value)} (error energy {wording.noise_share(value)})")
-    parts.append(f"{site.scheme} by {site.method} at {wording.fixed(site.bits_per_weight, 2)} bits per weight")
+    parts.append(f"{site.scheme} by {site.method} at {wording.fixed(site.bits_per_weight, 3)} bits per weight")
     if site.num_tokens == 0:
         parts.append("no calibration token reached it")
     return "; ".join(parts)

@@ -5,7 +5,6 @@ measured is an en dash, never a zero.
 """
 
 import math
-from collections.abc import Iterable
 
 ABSENT = "–"
 _THIN = "\u202f"
@@ -89,12 +88,6 @@ def duration(seconds: float | None) -> str:
 def things(amount: float | None, singular: str, plural: str | None = None) -> str:
     """`1 site`, `35 sites`."""
     return f"{count(amount)} {singular if amount == 1 else plural or singular + 's'}"
-
-
-def listing(items: Iterable[str]) -> str:
-    """`a, b and c`."""
-    *first, last = list(items)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def noise_share(sqnr_db: float) -> str:

@@ -1,0 +1,140 @@
+"""A run directory written by hand: what bitwright records, without torch or a model."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = {
+    "kl_mean": 0.0521,
+    "kl_stderr": 0.0043,
+    "kl_p99": 0.731,
+    "kl_p999": 1.62,
+    "same_top1": 0.8912,
+    "perplexity": 6.575,
+    "reference_perplexity": 6.033,
+    "gate_tokens": 2040,
+    "bits_per_weight": 4.137,
+    "model_bits_per_parameter": 6.25,
+    "size_bytes": 2_750_000,
+    "original_size_bytes": 11_000_000,
+    "num_quantized": 4,
+    "num_kept": 1,
+    "quantized_weights": 65536,
+    "num_parameters": 70000,
+    "seconds": 95.0,
+    "peak_memory_bytes": 573_775_872,
+}
+RECIPE = {
+    "scheme": "W4A16-g128",
+    "method": "gptq",
+    "rules": [{"pattern": "*.down_proj", "scheme": "W8A16-channel", "method": None}],
+    "ignore": ["lm_head"],
+    "range_method": "auto",
+    "gptq": {"damp": 0.01, "block": 128, "act_order": True},
+    "calibration": {"text": "notes.txt", "num_samples": 32, "seqlen": 256, "seed": 7},
+    "max_kl": 0.5,
+}
+CONTEXT = {
+    "kind": "context",
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "environment": {"python": "3.11.7", "cpu": "Example CPU", "num_cores": 2, "versions": {"torch": "2.13.0"}},
+}
+EVALUATION = {
+    "kind": "evaluate",
+    "text": "heldout.txt",
+    "reference": "models/original",
+    "seqlen": 512,
+    "num_windows": 40,
+    "num_tokens": 20440,
+    "perplexity": 10.876,
+    "perplexity_stderr": 0.449,
+    "kl_mean": 0.0837,
+    "kl_stderr": 0.0065,
+    "kl_p99": 1.39,
+    "kl_p999": 2.79,
+    "same_top1": 0.7634,
+}
+EXPORT = {
+    "kind": "export",
+    "to": "compressed-tensors",
+    "out": "exported",
+    "engine": "transformers",
+    "weights_compared": 45,
+    "max_logit_difference": 0.0,
+    "logit_bound": 0.00016,
+}
+
+
+class ExampleRun:
+    """Records as bitwright writes them, and a run directory made of them."""
+
+    results, recipe, context = RESULTS, RECIPE, CONTEXT
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def site(self, name: str, *, block: str, **changes: Any) -> dict[str, Any]:
+        record = {
+            "kind": "site",
+            "block": block,
+            "site": name,
+            "scheme": "W4A16-g128",
+            "method": "gptq",
+            "bits_per_weight": 4.125,
+            "num_weights": 16384,
+            "weight_sqnr_db": 20.5,
+            "output_sqnr_db": 23.5,
+            "saturated": 0.061,
+            "num_tokens": 8192,
+            "reason": "recipe",
+        }
+        return {**record, **changes}
+
+    def block(self, name: str, **changes: Any) -> dict[str, Any]:
+        return {"kind": "block", "block": name, "seconds": 2.5, "hidden_sqnr_db": 19.7, **changes}
+
+    def records(self) -> list[dict[str, Any]]:
+        """Two blocks: one site of four by a rule, one by another method, one more kept in 16 bit."""
+        first, second = "model.layers.0", "model.layers.1"
+        unreached = "no calibration token reached this expert, so it was rounded to nearest"
+        return [
+            CONTEXT,
+            {"kind": "quantize", **RESULTS},
+            self.block(first),
+            self.site(f"{first}.q_proj", block=first),
+            self.site(f"{first}.down_proj", block=first, output_sqnr_db=40.26, reason="rule '*.down_proj'"),
+            self.block(second, hidden_sqnr_db=14.2),
+            self.site(f"{second}.q_proj", block=second, output_sqnr_db=11.75),
+            self.site(
+                f"{second}.experts[3]", block=second, method="rtn", output_sqnr_db=None, num_tokens=0, reason=unreached
+            ),
+            {"kind": "kept", "site": f"{second}.gate", "reason": "ignored by pattern '*.gate'"},
+            EVALUATION,
+            EXPORT,
+        ]
+
+    def write(
+        self,
+        *,
+        results: Mapping[str, Any] = RESULTS,
+        records: Sequence[Mapping[str, Any]] | None = None,
+        failure: str | None = None,
+        recipe: Mapping[str, Any] = RECIPE,
+    ) -> Path:
+        """Write the run directory; the arguments replace what it holds by default."""
+        self.path.mkdir()
+        asked = {"model": "models/tiny-llama", "recipe": recipe, "model_hash": "ab12" * 16, "data_hash": "cd34" * 16}
+        info = {"fingerprint": "f", "asked": asked, "complete": True, "failure": failure, "results": results}
+        (self.path / "run.json").write_text(json.dumps(info), encoding="utf-8")
+        lines = [json.dumps(record) + "\n" for record in (self.records() if records is None else records)]
+        (self.path / "5-records.jsonl").write_text("".join(lines), encoding="utf-8")
+        return self.path
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> ExampleRun:
+    return ExampleRun(tmp_path / "run")
