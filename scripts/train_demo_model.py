@@ -122,9 +122,9 @@ A {parameters:,}-parameter Llama ({layers} blocks, hidden {hidden}, FFN {ffn}, {
 heads, tied embeddings, byte-level BPE vocabulary of {vocabulary}), made to show what quantization does to a trained
 model. It completes Python source code badly and is good for nothing else.
 
-- **Made by** `scripts/train_demo_model.py` of this repository; tokenizer and weights both, from nothing. - **Trained
-on** the source files of CPython {python}'s standard library ({train_tokens:,} tokens; a split of its files by
-  hash is held out), {epochs:.1f} epochs, {steps} steps of {batch} × {context} tokens.
+- **Made by** `scripts/train_demo_model.py` of this repository; tokenizer and weights both, from nothing.
+- **Trained on** the source files of CPython {python}'s standard library ({train_tokens:,} tokens; a split of its files
+  by hash is held out), {epochs:.1f} epochs, {steps} steps of {batch} × {context} tokens.
 - **For** {hours:.2f} hours on {machine}, ended {date}.
 - **Perplexity per token** on the held-out files ({heldout_tokens:,} tokens, windows of {context}, bf16 weights):
   **{perplexity:.2f}**; a unigram model of the training text has {unigram:.0f}, a uniform one {vocabulary}.

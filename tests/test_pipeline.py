@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    CompressedTensorsConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from bitwright import pipeline
+from bitwright.errors import RecipeError
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.recipe import Plan, Recipe
@@ -113,7 +113,13 @@ def stored_bits_per_weight(run: Path, num_weights: int) -> float:
 @pytest.mark.parametrize("symmetry", ["sym", "asym"])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_result_loads_in_transformers_with_our_logits(
-    models: dict[torch.dtype, Path], text: Path, tmp_path: Path, bits: int, symmetry: str, granularity: str, dtype: torch.dtype
+    models: dict[torch.dtype, Path],
+    text: Path,
+    tmp_path: Path,
+    bits: int,
+    symmetry: str,
+    granularity: str,
+    dtype: torch.dtype,
 ) -> None:
     scheme = f"W{bits}A16-{granularity}-{symmetry}"
     result = pipeline.quantize(models[dtype], recipe(text, scheme, range_method="minmax"), tmp_path / "run")
@@ -125,7 +131,7 @@ def test_result_loads_in_transformers_with_our_logits(
     assert math.isfinite(figures["kl_mean"])
     assert figures["num_quantized"] == 14
     stored = stored_bits_per_weight(tmp_path / "run", figures["quantized_weights"])
-    # Words are padded to 32 bits: a row of 64 or 96 weights fills whole words at every width, packed zero points may not.
+    # A row of 64 or 96 weights fills whole 32-bit words at every width; the zero points of a column may not.
     padding = 0 if symmetry == "sym" else 32 * 14 * 3 / figures["quantized_weights"]
     assert figures["bits_per_weight"] == pytest.approx(stored, rel=1e-9, abs=padding)
     assert figures["bits_per_weight"] <= stored + 1e-9
@@ -225,7 +231,7 @@ def test_json_lines_calibration(models: dict[torch.dtype, Path], tiny_text: str,
 def test_rows_that_no_standard_group_divides(build: Build, text: Path, tmp_path: Path) -> None:
     """As in a model with 172 = 4 · 43 FFN columns: the nearest divisor is used, stored, counted and said."""
     odd = build(intermediate_size=172)
-    result = pipeline.quantize(odd, recipe(text, "W4A16-g32-asym", method="gptq"), tmp_path / "run")
+    result = pipeline.quantize(odd, recipe(text, method="gptq"), tmp_path / "run")
     plan = Plan.load(tmp_path / "run" / "3-plan.yaml")
     entry = plan.sites["model.layers.0.mlp.down_proj"]
     assert entry.group_size == 43
@@ -252,20 +258,61 @@ def tiny_mixtral_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: 
     return folder
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_mixture_of_experts(tiny_mixtral_dir: Path, text: Path, tmp_path: Path, method: str) -> None:
-    result = pipeline.quantize(tiny_mixtral_dir, recipe(text, "W4A16-g16", method), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("rtn", {}),
+        ("gptq", {}),
+        ("rtn", {"rules": [{"pattern": "*.experts.*", "scheme": "W3A16-channel"}]}),
+        ("rtn", {"scheme": "W4A16-g16-asym", "rules": [{"pattern": "*.experts.*", "scheme": "W4A16-g16"}]}),
+    ],
+    ids=["rtn", "gptq", "two-schemes", "others-asymmetric"],
+)
+def test_mixture_of_experts(
+    tiny_mixtral_dir: Path, text: Path, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    wanted = recipe(text, **{"scheme": "W4A16-g16", "method": method, **changes})
+    result = pipeline.quantize(tiny_mixtral_dir, wanted, tmp_path / "run")
     assert result.results["num_quantized"] == 2 * (4 + 4 * 2)  # a gate_up and a down per expert
     assert result.results["num_kept"] == 2
     ours = StreamedModel(open_checkpoint(tmp_path / "run" / "4-model"))
-    theirs = load(tmp_path / "run" / "4-model", quantization_config=CompressedTensorsConfig(dequantize=True))
-    found = dict(theirs.named_parameters())
+    theirs = load(tmp_path / "run" / "4-model")
+    theirs(input_ids=torch.arange(8).view(1, 8))  # linears are decompressed by the first forward, experts by loading
+    found = theirs.state_dict()
     for index, name in enumerate(ours.block_names):
         with ours.block(index) as block:
             for local, parameter in block.named_parameters():
                 assert torch.equal(found[f"{name}.{local}"], parameter), local
-    originals = load(tiny_mixtral_dir).state_dict()
     router = "model.layers.0.mlp.gate.weight"
-    assert torch.equal(found[router], originals[router])
+    assert torch.equal(found[router], load(tiny_mixtral_dir).state_dict()[router])
     comparison = pipeline.export(tmp_path / "run", "compressed-tensors", tmp_path / "exported")
     assert comparison["engine"] == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"scheme": "W4A16-g16-asym"}, "W4A16-g16-asym"),
+        ({"ignore": ["lm_head", "*.experts.*"]}, "kept in 16 bit"),
+        ({"rules": [{"pattern": "*.0.*experts.down*", "scheme": "W8A16"}]}, "W4A16-g16, W8A16-channel"),
+    ],
+)
+def test_experts_that_transformers_cannot_read_are_refused(
+    tiny_mixtral_dir: Path, text: Path, tmp_path: Path, changes: dict[str, Any], names: str
+) -> None:
+    """It drops their zero points, and reads all of them by one scheme: nothing could prove the result."""
+    with pytest.raises(RecipeError, match=rf"experts: {names}\. Transformers .* one symmetric scheme\. Give them"):
+        pipeline.quantize(tiny_mixtral_dir, recipe(text, **{"scheme": "W4A16-g16", **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_asymmetric_scheme_beside_another_is_refused(
+    models: dict[torch.dtype, Path], build: Build, text: Path, tmp_path: Path
+) -> None:
+    """Transformers reads all weights with zero points by one scheme, whatever the groups of the configuration say."""
+    rules = [{"pattern": "*.q_proj", "scheme": "W8A16"}]
+    with pytest.raises(RecipeError, match=r"W4A16-g32-asym, W8A16-channel: transformers reads .* Use symmetric"):
+        pipeline.quantize(models[torch.float32], recipe(text, "W4A16-g32-asym", rules=rules), tmp_path / "run")
+    with pytest.raises(RecipeError, match="W4A16-g32-asym, W4A16-g43-asym: transformers reads"):
+        pipeline.quantize(build(intermediate_size=172), recipe(text, "W4A16-g32-asym"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -94,7 +94,7 @@ def _reference_row(model: Path, progress: Progress) -> DemoRow:
     checkpoint = opened.skeleton.checkpoint
     score, _ = evaluate(model, EVALUATION_TEXT, max_windows=EVALUATION_WINDOWS, progress=progress)
     return DemoRow(
-        name="reference (bf16)",
+        name="reference",
         bits_per_weight=16.0,
         size_bytes=checkpoint.num_bytes,
         perplexity=score.perplexity,

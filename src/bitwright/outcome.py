@@ -93,15 +93,16 @@ def _results(
     sites = [site for block in blocks for site in block["sites"]]
     num_weights = sum(site["num_weights"] for site in sites)
     num_parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
-    result_bytes = open_checkpoint(run.model).num_bytes
+    result = open_checkpoint(run.model)
     return {
         **{key: value for key, value in asdict(score).items() if key.startswith(("kl", "same"))},
         "perplexity": score.perplexity,
         "reference_perplexity": original.perplexity,
         "gate_tokens": score.num_tokens,
         "bits_per_weight": sum(site["bits_per_weight"] * site["num_weights"] for site in sites) / num_weights,
-        "model_bits_per_parameter": 8 * result_bytes / num_parameters,
-        "size_bytes": result_bytes,
+        "model_bits_per_parameter": 8 * result.num_bytes / num_parameters,
+        "size_bytes": result.num_bytes,
+        "result_hash": result.audit(),
         "original_size_bytes": checkpoint.num_bytes,
         "num_quantized": len(job.plan.quantized),
         "num_kept": len(job.plan.kept),

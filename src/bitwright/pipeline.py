@@ -15,6 +15,7 @@ from bitwright.evaluate.score import Score
 from bitwright.evaluate.streamed import evaluate as evaluate_streamed
 from bitwright.export.exporters import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
+from bitwright.model.checkpoint import open_checkpoint
 from bitwright.outcome import CALIBRATION_TOKENS, conclude, gate_failure
 from bitwright.preparation import Job, check_seqlen, max_length, open_model, prepare, text_windows, vocabulary_size
 from bitwright.progress import Progress, no_progress
@@ -215,13 +216,14 @@ def export(
     Raises:
         UnknownName: no such exporter.
         RunError: not a finished run, or `out` exists.
-        VerificationError: the engine's tensors or logits differ from ours.
+        VerificationError: the run's model is not what the run left, or the engine's tensors or logits differ from ours.
     """
     exporter = EXPORTERS[to]
     finished = open_run(Path(run))
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target}: exists and is not empty. Choose another --out.")
+    _require_intact(finished)
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -235,3 +237,13 @@ def export(
     append_jsonl(finished.records, {"kind": "export", "to": to, "out": str(target), **comparison})
     progress("export", 1, 1)
     return comparison
+
+
+def _require_intact(run: RunDirectory) -> None:
+    """Raises VerificationError if the finished model has changed since the run ended."""
+    info = run.info
+    assert info is not None
+    if open_checkpoint(run.model).audit() != info["results"]["result_hash"]:
+        raise VerificationError(
+            f"{run.model}: its tensors or configuration are not those that the run wrote. Quantize again, with --fresh."
+        )

@@ -16,8 +16,13 @@ from bitwright.recipe import Plan
 from bitwright.walk import STATISTICS_BYTES
 
 DISK_MARGIN = 1.05
-HESSIAN_COPIES = 4
-"""The accumulated Gram matrix, its permutation, the Cholesky factor and the inverse are alive at once."""
+HESSIAN_COPIES = 5
+"""The Gram matrix, the Hessian made of it, its permutation and two of the factorisation are alive at once."""
+LOGIT_COPIES = 3
+"""Logits of a window by model and reference, and a copy while one is computed."""
+WORKING_BYTES = 450_000_000
+"""What does not grow with the model: buffers of the math libraries, the text while it is tokenised, and what the
+allocator keeps of freed memory. The remainder of what benchmarks/memory.py measures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +65,7 @@ def estimate(
     return Estimate(
         model_bytes=model.skeleton.checkpoint.num_bytes - replaced_bytes + quantized_bits // 8,
         work_bytes=work,
-        memory_bytes=_memory(model, sites, plan, num_windows) + work,
+        memory_bytes=_memory(model, sites, plan, num_windows, seqlen) + work,
         quantized_bits_per_weight=quantized_bits / max(1, quantized_weights),
     )
 
@@ -88,8 +93,8 @@ def check(needed: Estimate, out: Path) -> None:
         )
 
 
-def _memory(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows: int) -> int:
-    """Peak of one block: its weights twice (float and stored), and the Hessians of one pass."""
+def _memory(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows: int, seqlen: int) -> int:
+    """The larger of two peaks: a block's weights (float and stored) and Hessians; embedding, head and logits."""
     block_bytes = max(_parameter_bytes(model, name) for name in model.block_names)
     outside = sum(
         model.skeleton.model.get_parameter(name).numel() * model.dtype.itemsize
@@ -102,7 +107,9 @@ def _memory(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows
             method = plan.sites[site.name].method
             if method is not None and SOLVERS[method].needs_hessian:
                 hessian = max(hessian, 8 * site.in_features**2)
-    return max(2 * block_bytes + HESSIAN_COPIES * hessian + (STATISTICS_BYTES if _has_experts(sites) else 0), outside)
+    inside = 2 * block_bytes + HESSIAN_COPIES * hessian + (STATISTICS_BYTES if _has_experts(sites) else 0)
+    vocabulary = int(getattr(model.skeleton.model.config.get_text_config(), "vocab_size", 0))
+    return WORKING_BYTES + max(inside, outside + LOGIT_COPIES * 4 * seqlen * vocabulary)
 
 
 def _parameter_bytes(model: StreamedModel, prefix: str) -> int:

@@ -13,7 +13,7 @@ from bitwright.calibration.self_text import generate_windows
 from bitwright.data.corpora import load_corpus
 from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
 from bitwright.errors import CheckpointError, DataError, RecipeError
-from bitwright.export.compressed_tensors import check_site
+from bitwright.export.compressed_tensors import check_plan
 from bitwright.methods.solvers import SOLVERS
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.sites import Site, block_sites
@@ -135,8 +135,9 @@ def prepare(
     plan = resolve(recipe, sites)
     if not plan.quantized:
         raise RecipeError("the recipe leaves every site in 16 bit. Remove an ignore pattern or rule.")
-    for site in sites:
-        check_site(site, plan.sites[site.name])
+    check_plan(sites, plan.sites)
+    for parameter in dict.fromkeys(site.parameter for site in sites if plan.sites[site.name].scheme is not None):
+        model.skeleton.stored_pieces(parameter)  # raises where the checkpoint's layout has no place for its codes
     _check_calibration(recipe, plan)
     check_seqlen(model, recipe.calibration.seqlen)
     model_hash = model.skeleton.checkpoint.audit(_byte_progress(model.skeleton.checkpoint, progress))

@@ -95,7 +95,7 @@ class RunDirectory:
             )
 
     def start(self, fingerprint: str, asked: dict[str, Any], *, fresh: bool) -> None:
-        """Take the lock (until `release`) and make the folder this run's own; `fresh` discards what an earlier run left.
+        """Take the lock (until `release`) and make the folder this run's own; `fresh` discards what is in it.
 
         A kill between any two steps leaves a folder that the next start accepts: run.json is there before anything
         else, and the journal of discarded work goes first.

@@ -1,4 +1,4 @@
-"""Every row of bad input: one line on stderr that says what, where and what to do, the right exit code, nothing left behind."""
+"""Every row of bad input: one line on stderr (what, where, what to do), the right exit code, nothing left behind."""
 
 import errno
 import json
@@ -15,11 +15,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from bitwright import walk
 from bitwright.cli.app import main
-from bitwright.export.transformers_directory import copy_directory
+from bitwright.cli.console import ProgressBars
+from bitwright.errors import VerificationError
+from bitwright.export import transformers_directory
+from bitwright.model import tensor_file
 from bitwright.runs import RunDirectory
 
 Refuse = Callable[..., str]
@@ -49,7 +54,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def refuse(cli: Cli, tmp_path: Path) -> Refuse:
-    """Run a command that must fail; check the form of its one line and that the whole folder is as it was; return the line."""
+    """Run a command that must fail; check its one line, and that the whole folder is as it was."""
 
     def run(*arguments: object, code: int = 2, says: tuple[str, ...] = ()) -> str:
         before = snapshot(tmp_path)
@@ -94,9 +99,8 @@ def finished_run(tiny_llama_dir: Path, tiny_text: str, tmp_path_factory: pytest.
     arguments = ["quantize", tiny_llama_dir, "--out", folder / "run", *rtn(folder / "text.txt"), "--quiet"]
     before, sys.argv = sys.argv, ["bitwright", *map(str, arguments)]
     try:
-        main()
-    except SystemExit as stop:
-        assert stop.code == 0
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main()
     finally:
         sys.argv = before
     return folder / "run"
@@ -140,12 +144,13 @@ def shard(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------
+# the model
 
 
 def test_missing_model_directory(refuse: Refuse, tmp_path: Path, out: Path, text: Path) -> None:
     missing = tmp_path / "no" / "such" / "model"
-    refuse("quantize", missing, "--out", out, *rtn(text), says=(str(missing), "no such directory", "Give a model directory"))
+    says = (str(missing), "no such directory", "Give a model directory")
+    refuse("quantize", missing, "--out", out, *rtn(text), says=says)
     refuse("inspect", missing, says=(str(missing), "no such directory"))
     refuse("evaluate", missing, "--text", text, says=(str(missing), "no such directory"))
 
@@ -194,7 +199,8 @@ def test_pickled_weights_are_refused_and_never_unpickled(
 ) -> None:
     (model / "model.safetensors").unlink()
     torch.save({"weight": Bomb(tmp_path / "exploded")}, model / "pytorch_model.bin")
-    for command in (["quantize", model, "--out", out, *rtn(text)], ["inspect", model], ["evaluate", model, "--text", text]):
+    commands = (["quantize", model, "--out", out, *rtn(text)], ["inspect", model], ["evaluate", model, "--text", text])
+    for command in commands:
         refuse(*command, says=("pytorch_model.bin", "can run code", "Convert them to safetensors"))
     assert not (tmp_path / "exploded").exists()
     torch.load(model / "pytorch_model.bin", weights_only=False)
@@ -219,7 +225,8 @@ def test_corrupt_header(refuse: Refuse, model: Path, out: Path, text: Path, head
 @pytest.mark.parametrize("name", [WEIGHT, "model.norm.weight", "lm_head.weight"])
 def test_weight_that_is_not_finite(refuse: Refuse, model: Path, out: Path, text: Path, value: float, name: str) -> None:
     edit_weights(model, lambda tensors: tensors[name].view(-1)[5:7].fill_(value))
-    refuse("quantize", model, "--out", out, *rtn(text), says=(name, "2 values", "NaN or Inf", "damaged", "obtain it again"))
+    says = (name, "2 values", "NaN or Inf", "damaged", "obtain it again")
+    refuse("quantize", model, "--out", out, *rtn(text), says=says)
 
 
 def test_missing_shard(refuse: Refuse, model: Path, out: Path, text: Path) -> None:
@@ -302,7 +309,7 @@ def test_conv1d_weights(
     refuse("quantize", tmp_path / "gpt2", "--out", out, *rtn(text), says=says)
 
 
-# --- the options -------------------------------------------------------------------------------------------------------
+# the options
 
 
 @pytest.mark.parametrize(
@@ -318,7 +325,7 @@ def test_conv1d_weights(
         (["--scheme", "W4A8"], ("W4A8", "activation quantization is not available", "use A16")),
         (["--scheme", "W1A16-g32"], ("1 weight bits are out of range", "Use 2 to 8")),
         (["--scheme", "W9A16-g32"], ("9 weight bits are out of range", "Use 2 to 8")),
-        (["--scheme", "W4A16-g48"], ("model.layers.0.self_attn.q_proj", "64 is not divisible by group_size 48", "Use 16, 32 or 64")),
+        (["--scheme", "W4A16-g48"], ("0.self_attn.q_proj", "64 is not divisible by group_size 48", "Use 16, 32 or 64")),
         (["--scheme", "W4A16-g256"], ("64 is smaller than group_size 256", "channel")),
         (["--ignore", "*.down_prj"], ("'*.down_prj' matches no site", "Did you mean '*.down_proj'?")),
         (["--ignore", "re:("], ("'re:('", "not a regular expression", "Correct it")),
@@ -366,7 +373,7 @@ def test_missing_option(refuse: Refuse, tiny_llama_dir: Path) -> None:
         ("method: rtn\nmethod: gptq\n", ("'method' appears twice",)),
         ("scheme: 4\n", ("scheme", "must be text")),
         ("rules: [{pattern: '*.q_prj', scheme: W8A16}]\n", ("'*.q_prj' matches no site", "Did you mean '*.q_proj'?")),
-        ("rules: [{pattern: '*.q_proj', scheme: W8A16, method: rtm}]\n", ("unknown method 'rtm'", "Did you mean 'rtn'?")),
+        ("rules: [{pattern: '*.q_proj', scheme: W8A16, method: rtm}]\n", ("unknown method 'rtm'", "'rtn'?")),
     ],
 )
 def test_bad_recipe_file(
@@ -385,7 +392,7 @@ def test_missing_recipe_file(refuse: Refuse, tiny_llama_dir: Path, out: Path, tm
     refuse("quantize", tiny_llama_dir, "--out", out, "--recipe", tmp_path / "no.yaml", says=says)
 
 
-# --- the texts ---------------------------------------------------------------------------------------------------------
+# the texts
 
 
 def test_gptq_without_calibration(refuse: Refuse, tiny_llama_dir: Path, out: Path) -> None:
@@ -444,7 +451,7 @@ def test_reference_with_another_vocabulary(refuse: Refuse, tiny_llama_dir: Path,
     refuse("evaluate", tiny_llama_dir, "--text", text, "--reference", model, "--seqlen", 64, says=says)
 
 
-# --- the place ---------------------------------------------------------------------------------------------------------
+# the place
 
 
 @pytest.fixture
@@ -474,7 +481,7 @@ def test_output_taken_by_another_process_after_the_checks(
     info = (good_run / "run.json").read_text()
     other = json.dumps({**json.loads(info), "fingerprint": "another"})
     check = RunDirectory.check
-    monkeypatch.setattr(RunDirectory, "is_complete", property(lambda self: False))
+    monkeypatch.setattr(RunDirectory, "is_complete", False)
     monkeypatch.setattr(
         RunDirectory, "check", lambda self, fingerprint, *, fresh: self._lock and check(self, fingerprint, fresh=fresh)
     )
@@ -523,7 +530,7 @@ def test_read_only_parent(
     parent = tmp_path / "read-only"
     parent.mkdir()
     if os.geteuid() == 0:  # access bits do not bind root
-        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != parent)
+        monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != parent)
     else:
         parent.chmod(0o500)
     says = (str(parent), "cannot be written", "Choose another --out")
@@ -544,7 +551,7 @@ def test_place_that_only_fails_when_written(
 def test_too_little_disk(
     refuse: Refuse, tiny_llama_dir: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, used=0, free=10**4))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(total=10**6, used=0, free=10**4))
     says = (str(out), "GB of disk", "Free space, or choose another --out")
     refuse("quantize", tiny_llama_dir, "--out", out, *rtn(text), says=says)
 
@@ -565,11 +572,11 @@ def test_an_earlier_result_survives_a_fresh_start_that_is_refused(
     refuse("quantize", model, *start, says=("NaN or Inf",))
     refuse("quantize", tiny_llama_dir, *start, "--scheme", "W4A16-g48", says=("not divisible",))
     refuse("quantize", tiny_llama_dir, *start, "--samples", "99999", says=("Use a longer text",))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, used=0, free=10**4))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(total=10**6, used=0, free=10**4))
     refuse("quantize", tiny_llama_dir, *start, says=("of disk",))
 
 
-# --- in the middle -----------------------------------------------------------------------------------------------------
+# in the middle
 
 
 def no_space(*args: object, **kwargs: object) -> None:
@@ -580,8 +587,7 @@ def tensors_of(run: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted((run / "4-model").glob("*.safetensors"))}
 
 
-def failed_then_completed(cli: Cli, arguments: list[object], finished_run: Path, out: Path, says: tuple[str, ...]) -> None:
-    """The command fails now, in one line; `monkeypatch.undo` by the caller mends the machine."""
+def fails_on_a_full_disk(cli: Cli, arguments: list[object], out: Path, says: tuple[str, ...]) -> None:
     status, printed, err = cli(*arguments)
     assert (status, printed) == (2, "")
     assert err.startswith("bitwright: ")
@@ -599,19 +605,21 @@ def test_full_disk_while_reserving_activations(
     arguments: list[object] = ["quantize", tiny_llama_dir, "--out", out, *rtn(text), "--quiet"]
     with monkeypatch.context() as full:
         full.setattr(os, "posix_fallocate", no_space)
-        failed_then_completed(cli, arguments, finished_run, out, ("no room for", "MB of activations", "Free disk space"))
+        fails_on_a_full_disk(cli, arguments, out, ("no room for", "MB of activations", "Free disk space"))
     assert cli(*arguments)[0] == 0
     assert tensors_of(out) == tensors_of(finished_run)
 
 
 @pytest.mark.parametrize("broken", ["os.fsync", "safetensors"])
 def test_full_disk_while_writing(
-    cli: Cli, tiny_llama_dir: Path, finished_run: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+    cli: Cli,
+    tiny_llama_dir: Path,
+    finished_run: Path,
+    out: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
 ) -> None:
-    from safetensors import SafetensorError
-
-    from bitwright.model import tensor_file
-
     calls = 0
 
     def fail_later(*args: object, **kwargs: object) -> None:
@@ -628,7 +636,7 @@ def test_full_disk_while_writing(
     original = getattr(place, name)
     with monkeypatch.context() as full:
         full.setattr(place, name, fail_later)
-        failed_then_completed(cli, arguments, finished_run, out, ("No space left on device", "cannot be written", "Free disk space"))
+        fails_on_a_full_disk(cli, arguments, out, ("No space left on device", "cannot be written", "Free disk space"))
     assert calls > 3
     assert cli(*arguments)[0] == 0
     assert tensors_of(out) == tensors_of(finished_run)
@@ -636,10 +644,14 @@ def test_full_disk_while_writing(
 
 @pytest.mark.parametrize("when", [1, 2])
 def test_interrupted(
-    cli: Cli, tiny_llama_dir: Path, finished_run: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch, when: int
+    cli: Cli,
+    tiny_llama_dir: Path,
+    finished_run: Path,
+    out: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: int,
 ) -> None:
-    from bitwright.cli.console import ProgressBars
-
     def stop(self: ProgressBars, what: str, done: int, total: int) -> None:
         if what == "quantize" and done == when:
             raise KeyboardInterrupt
@@ -656,7 +668,7 @@ def test_interrupted(
     assert not (out / "work").exists()
 
 
-# --- the result --------------------------------------------------------------------------------------------------------
+# the result
 
 
 def test_loss_above_the_gate(cli: Cli, tiny_llama_dir: Path, out: Path, text: Path) -> None:
@@ -670,7 +682,8 @@ def test_loss_above_the_gate(cli: Cli, tiny_llama_dir: Path, out: Path, text: Pa
     info = json.loads((out / "run.json").read_text())
     assert info["complete"]
     assert "above the gate" in info["failure"]
-    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= {f.name for f in (out / "4-model").iterdir()}
+    complete = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert complete <= {file.name for file in (out / "4-model").iterdir()}
     # The gate does not change the tensors, so that another gate judges the same result, either way.
     before = tensors_of(out)
     assert cli(*arguments) == (0, "", "")
@@ -682,9 +695,7 @@ def test_loss_above_the_gate(cli: Cli, tiny_llama_dir: Path, out: Path, text: Pa
 def test_result_that_reads_back_differently(
     cli: Cli, tiny_llama_dir: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitwright import walk
-
-    monkeypatch.setattr(walk, "reread_equals", lambda shard, written: [WEIGHT])
+    monkeypatch.setattr(walk, "reread_equals", lambda _shard, _written: [WEIGHT])
     status, _, err = cli("quantize", tiny_llama_dir, "--out", out, *rtn(text), "--quiet")
     assert status == 1
     assert WEIGHT in err
@@ -695,16 +706,15 @@ def test_result_that_reads_back_differently(
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export", "report"])
-def test_unfinished_or_foreign_run(
-    refuse: Refuse, good_run: Path, tmp_path: Path, text: Path, verb: str
-) -> None:
+def test_unfinished_or_foreign_run(refuse: Refuse, good_run: Path, tmp_path: Path, text: Path, verb: str) -> None:
     rest = {"evaluate": ["--text", text], "export": ["--out", tmp_path / "exported"], "report": []}[verb]
     info = json.loads((good_run / "run.json").read_text())
     (good_run / "run.json").write_text(json.dumps({**info, "complete": False}))
     says = (str(good_run), "the run is not finished", "same bitwright quantize command")
     refuse(verb, good_run, *rest, says=says)
     (tmp_path / "foreign").mkdir()
-    refuse(verb, tmp_path / "foreign", *rest, says=(str(tmp_path / "foreign"), "config.json" if verb == "evaluate" else "not a run"))
+    problem = "no config.json" if verb == "evaluate" else "not a run directory"
+    refuse(verb, tmp_path / "foreign", *rest, says=(str(tmp_path / "foreign"), problem))
     refuse(verb, tmp_path / "nothing", *rest, says=(str(tmp_path / "nothing"),))
 
 
@@ -724,25 +734,32 @@ def test_export_to_a_place_that_is_taken(refuse: Refuse, good_run: Path, tmp_pat
 def test_export_that_the_engine_reads_differently(
     refuse: Refuse, good_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damage(source: Path, target: Path) -> None:
-        copy_directory(source, target)
-        edit = sorted(target.glob("*.safetensors"))[0]
-        tensors = load_file(edit)
-        name = next(name for name in tensors if name.endswith("_scale"))
-        tensors[name][0] *= 2
-        save_file(tensors, edit, metadata={"format": "pt"})
+    def differ(theirs: object, ours: object) -> int:
+        raise VerificationError(f"{WEIGHT}: transformers reads other values than were written.")
 
-    from bitwright.export import exporters
+    monkeypatch.setattr(transformers_directory, "_compare_weights", differ)
+    says = (WEIGHT, "reads other values than were written")
+    refuse("export", good_run, "--out", tmp_path / "exported", "--quiet", code=1, says=says)
 
-    def verify(directory: Path, trust: bool) -> dict[str, Any]:
-        raise exporters_error(f"{directory}: transformers reads other values than were written.")
 
-    from bitwright.errors import VerificationError as exporters_error
+def test_export_that_the_engine_cannot_load(
+    refuse: Refuse, good_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_pretrained(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("size mismatch\nfor every tensor")
 
-    monkeypatch.setitem(
-        exporters.EXPORTERS._entries, "compressed-tensors", exporters.Exporter(write=damage, verify=verify)
-    )
-    refuse("export", good_run, "--out", tmp_path / "exported", code=1, says=("reads other values",))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    says = ("transformers cannot load it (size mismatch for every tensor)",)
+    refuse("export", good_run, "--out", tmp_path / "exported", code=1, says=says)
+
+
+def test_export_of_a_result_that_was_changed(refuse: Refuse, good_run: Path, tmp_path: Path) -> None:
+    file = good_run / "4-model" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    file.write_text(json.dumps(config))
+    status = ("4-model", "not those that the run wrote")
+    refuse("export", good_run, "--out", tmp_path / "exported", code=1, says=status)
 
 
 def test_export_on_a_full_disk(refuse: Refuse, good_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bitwright.errors import StructureError
+from bitwright.errors import CheckpointError, StructureError
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 
@@ -62,6 +62,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         BASE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
     ),
     "deepseek_v3": ("DeepseekV3Config", BASE | DEEPSEEK | {"num_key_value_heads": 4}),
+    "granite_moe": ("GraniteMoeConfig", BASE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOssConfig", BASE | WINDOW | {"num_local_experts": 4, "rope_parameters": YARN}),
 }
 
@@ -293,3 +294,13 @@ def test_pieces_hold_the_rows_that_they_name(name: str, tmp_path: Path) -> None:
             assert torch.equal(checkpoint.read([stored])[stored], weight[expert, first:end])
             covered[expert, first:end] += 1
         assert bool((covered == 1).all()), "every row is stored once"
+
+
+def test_experts_stored_in_one_tensor_have_no_pieces(tmp_path: Path) -> None:
+    """Their codes would have no place in the checkpoint: to be refused, not to be left out in silence."""
+    _, folder = saved("granite_moe", tmp_path)
+    skeleton = StreamedModel(open_checkpoint(folder)).skeleton
+    with pytest.raises(
+        CheckpointError, match=r"block_sparse_moe\.input_linear\.weight: holds all experts in one tensor"
+    ):
+        skeleton.stored_pieces("model.layers.1.block_sparse_moe.experts.gate_up_proj")

@@ -17,7 +17,8 @@ def test_numbers_keep_three_digits_and_say_when_there_are_none(value: float | No
 @pytest.mark.parametrize(
     ("value", "stderr", "text"),
     [(0.10829, 0.00959, "0.1083 ± 0.0096"), (10.8759, 0.4489, "10.88 ± 0.45"), (2040.4, 31.4, "2 040 ± 31"),
-     (0.0, 0.0, "0"), (3.5, None, "3.50"), (None, 0.1, "–"), (3.0, math.inf, "3.00"), (2e-9, 1e-10, "2.00 · 10⁻⁹ ± 1.0 · 10⁻¹⁰")],
+     (0.0, 0.0, "0"), (3.5, None, "3.50"), (None, 0.1, "–"), (3.0, math.inf, "3.00"),
+     (2e-9, 1e-10, "2.00 · 10⁻⁹ ± 1.0 · 10⁻¹⁰")],
 )  # fmt: skip
 def test_a_value_has_the_digits_its_error_leaves_it(value: float | None, stderr: float | None, text: str) -> None:
     assert wording.with_stderr(value, stderr).replace("\u202f", " ").replace("\u00a0", " ") == text

@@ -51,7 +51,10 @@ def generate_windows(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(int(config.vocab_size), (num_windows, 1), generator=generator)
     prompts = torch.cat([torch.tensor(first, dtype=torch.int64).expand(num_windows, -1), starts], dim=1)
+    if prompts.shape[1] >= seqlen:
+        return prompts[:, :seqlen]
     settings = _settings(config, seqlen)
+    model.generation_config = settings  # generate() would fill in penalties and limits from the model's own
     parts: list[Tensor] = []
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(seed)

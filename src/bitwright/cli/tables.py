@@ -113,9 +113,10 @@ def _scheme_table(found: "Inspection") -> Table:
 
 def demo_table(rows: "Sequence[DemoRow]") -> Table:
     """The demo's comparison."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "bits/weight", "size", "perplexity", "KL (nats)", "same top-1", "seconds"):
-        table.add_column(column, justify="left" if not column else "right")
+    caption = "bits per weight of the quantized sites; KL in nats per token; s to quantize"
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    for column in ("", "bits", "size", "perplexity", "KL", "same top-1", "s"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name, f"{row.bits_per_weight:.3f}", size(row.size_bytes),

@@ -7,7 +7,8 @@ them.
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bitwright.errors import ShapeError
+from bitwright.errors import RecipeError, ShapeError
 from bitwright.model import packed
 from bitwright.model.checkpoint import WEIGHT_INDEX, Checkpoint
 from bitwright.model.sites import Site
@@ -27,20 +28,52 @@ from bitwright.recipe import SitePlan
 from bitwright.records import write_json_atomic
 
 NOT_COPIED = ("config.json", WEIGHT_INDEX, "README.md", "quantize_config.json")
+EXPERTS = r"re:.*\.experts\.\d+\..*"
+"""Experts as checkpoints name them, one by one, where the model holds one 3-D parameter."""
+KEPT = "kept in 16 bit"
 COPIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
-def check_site(site: Site, plan: SitePlan) -> None:
-    """Refuse a site that the layout cannot hold, before any work.
+def check_plan(sites: Iterable[Site], plan: Mapping[str, SitePlan]) -> None:
+    """Refuse a plan whose result the layout cannot hold or transformers cannot read, before any work.
+
+    Transformers (5.23) reads the experts of a 3-D parameter by one scheme without zero points, and other weights with
+    zero points by one scheme.
 
     Raises:
         ShapeError: transposed weights (GPT-2's Conv1D).
+        RecipeError: schemes that cannot be read back side by side.
     """
-    if plan.scheme is not None and site.transposed:
-        raise ShapeError(
-            f"{site.name}: stored as [in, out] (Conv1D), which compressed-tensors cannot hold. "
-            "Ignore it, or convert the model to Linear weights first."
+    experts: set[str] = set()
+    others: set[str] = set()
+    for site in sites:
+        entry = plan[site.name]
+        if entry.scheme is not None and site.transposed:
+            raise ShapeError(
+                f"{site.name}: stored as [in, out] (Conv1D), which compressed-tensors cannot hold. "
+                "Ignore it, or convert the model to Linear weights first."
+            )
+        if site.index is not None:
+            experts.add(_treatment(entry))
+        elif entry.scheme is not None:
+            others.add(_treatment(entry))
+    if len(experts) > 1 or any(name == KEPT or name.endswith("-asym") for name in experts):
+        raise RecipeError(
+            f"experts: {', '.join(sorted(experts))}. Transformers reads the experts of this model only if all are "
+            "quantized by one symmetric scheme. Give them one, by a rule if the other sites have another."
         )
+    if len(others) > 1 and any(name.endswith("-asym") for name in others):
+        raise RecipeError(
+            f"schemes {', '.join(sorted(others))}: transformers reads an asymmetric scheme only if all sites have it. "
+            "Use symmetric ones, or one scheme whose group size divides every row (or channel)."
+        )
+
+
+def _treatment(entry: SitePlan) -> str:
+    """The scheme with the group size that is really used, or KEPT."""
+    if entry.scheme is None or entry.granularity is None:
+        return KEPT
+    return str(replace(entry.scheme, granularity=entry.granularity))
 
 
 class ModelWriter:
@@ -72,7 +105,7 @@ class ModelWriter:
         wanted = [piece for piece in pieces if piece[1] == site.index]
         return [(name, result.rows(first, end)) for name, _, first, end in wanted]
 
-    def finish(self, sites: Iterable[Site], plan: dict[str, SitePlan]) -> None:
+    def finish(self, sites: Sequence[Site], plan: dict[str, SitePlan]) -> None:
         """Write what makes the directory complete: index, configuration, tokenizer, generation configuration."""
         weight_map: dict[str, str] = {}
         total = 0
@@ -92,24 +125,30 @@ class ModelWriter:
             if file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED and file.is_file():
                 shutil.copyfile(file, self.directory / file.name)
 
-    def quantization_config(self, sites: Iterable[Site], plan: dict[str, SitePlan]) -> dict[str, Any]:
+    def quantization_config(self, sites: Sequence[Site], plan: dict[str, SitePlan]) -> dict[str, Any]:
         """One config group per distinct scheme; a single scheme targets `Linear` and lists what it leaves alone."""
-        modules: dict[tuple[int, bool, Granularity], list[str]] = {}
+        modules: dict[tuple[int, bool, Granularity, bool], list[str]] = {}
         for site in sites:
             entry = plan[site.name]
             if entry.scheme is None:
                 continue
             assert entry.granularity is not None
-            key = (entry.scheme.weight_format.bits, entry.scheme.weight_format.symmetric, entry.granularity)
+            number_format = entry.scheme.weight_format
+            key = (number_format.bits, number_format.symmetric, entry.granularity, site.index is not None)
             names = [piece[0] for piece in self.skeleton.stored_pieces(site.parameter) if piece[1] == site.index]
             modules.setdefault(key, []).extend(name.removesuffix(".weight") for name in names)
         quantized = {name for names in modules.values() for name in names}
-        if len(modules) == 1:
-            ((bits, symmetric, granularity),) = modules
-            groups = [packed.config_group(bits, symmetric, granularity, ["Linear"])]
+        if len({key[:3] for key in modules}) == 1:
+            groups = [packed.config_group(*next(iter(modules))[:3], ["Linear"])]
         else:
-            groups = [packed.config_group(*key, names) for key, names in modules.items()]
-        return packed.quantization_config(groups, sorted(self._linears() - quantized))
+            # Transformers takes for the experts the group whose pattern says so, and for the rest any other.
+            groups = [packed.config_group(*key[:3], [EXPERTS] if key[3] else names) for key, names in modules.items()]
+        config = packed.quantization_config(groups, sorted(self._linears() - quantized))
+        if not all(symmetric for _, symmetric, _, _ in modules):
+            # Tells transformers to dequantize as it reads. Otherwise it expects zero points that are not packed,
+            # because compressed-tensors 0.20 forgets to pack them on the meta device.
+            config["dequantize"] = True
+        return config
 
     def _linears(self) -> set[str]:
         """Names, as stored, of all Linear modules of the model."""

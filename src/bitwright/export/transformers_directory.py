@@ -1,8 +1,12 @@
 """Export to compressed-tensors: a run's model directory is one already; copy it, and have transformers prove it."""
 
+import filecmp
 import importlib.util
+import io
 import logging
 import shutil
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import MissingDependency, ResourceError, VerificationError
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
+from bitwright.model.skeleton import CONSTRUCTION_ERRORS
 from bitwright.model.stream import StreamedModel
 
 PROBE_TOKENS = 64
@@ -20,8 +25,16 @@ ROUNDINGS_PER_BLOCK = 16
 
 
 def copy_directory(source: Path, target: Path) -> None:
-    """Copy a complete model directory."""
+    """Copy a complete model directory, and read the copy back.
+
+    Raises:
+        VerificationError: a file of the copy is not what it was copied from.
+    """
     shutil.copytree(source, target)
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        copy = target / file.relative_to(source)
+        if not filecmp.cmp(file, copy, shallow=False):
+            raise VerificationError(f"{copy}: differs from {file}, which it was copied from. Check the disk.")
 
 
 def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
@@ -32,7 +45,7 @@ def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[s
     Raises:
         MissingDependency: the compressed-tensors package is not installed.
         ResourceError: the whole model does not fit into memory.
-        VerificationError: they differ.
+        VerificationError: they differ, or transformers cannot load it.
     """
     if importlib.util.find_spec("compressed_tensors") is None:
         raise MissingDependency(
@@ -47,9 +60,7 @@ def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[s
         (1, PROBE_TOKENS),
         generator=torch.Generator().manual_seed(0),
     )
-    theirs = _load(directory, has_experts=_has_experts(ours), trust_remote_code=trust_remote_code)
-    with torch.no_grad():
-        found = cast(Tensor, theirs(input_ids=ids).logits).float()
+    theirs, found = _run_transformers(directory, ids, trust_remote_code=trust_remote_code)
     compared = _compare_weights(theirs, ours)
     expected = _stream_logits(ours, ids)
     difference = float((found - expected).abs().max())
@@ -66,30 +77,43 @@ def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[s
     }
 
 
-def _load(directory: Path, *, has_experts: bool, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+def _run_transformers(directory: Path, ids: Tensor, *, trust_remote_code: bool) -> tuple[nn.Module, Tensor]:
+    """Load a directory and run it: the model, whose weights the forward has decompressed, and its logits [B, T, V]."""
+    from transformers import AutoModelForCausalLM
 
-    # Experts are 3-D parameters, which compressed-tensors can only load dequantized.
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if has_experts else {}
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", trust_remote_code=trust_remote_code, **options
-    )
-    return cast(nn.Module, model).eval()
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), torch.no_grad():  # compressed-tensors' progress bars know no switch
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype="auto", trust_remote_code=trust_remote_code
+            ).eval()
+            return cast(nn.Module, model), cast(Tensor, model(input_ids=ids).logits).float()
+    except CONSTRUCTION_ERRORS as error:
+        raise VerificationError(f"{directory}: transformers cannot load it ({error}).") from None
+    finally:
+        logger.setLevel(level)
 
 
 def _compare_weights(theirs: nn.Module, ours: StreamedModel) -> int:
-    """Compare every parameter of every block after transformers has decompressed it."""
+    """Compare every stored parameter and buffer, after transformers has decompressed the packed ones."""
+    found = {**dict(theirs.named_parameters(remove_duplicate=False)), **dict(theirs.named_buffers())}
     compared = 0
-    parameters = dict(theirs.named_parameters())
     for index, name in enumerate(ours.block_names):
         with ours.block(index) as block:
-            for local, parameter in block.named_parameters():
-                found = parameters.get(f"{name}.{local}")
-                if found is None or not torch.equal(found, parameter):
-                    raise VerificationError(f"{name}.{local}: transformers reads other values than were written.")
-                compared += 1
+            compared += _compare(found, {f"{name}.{local}": tensor for local, tensor in block.state_dict().items()})
+    with ours.outside():
+        rest = {name: tensor for name, tensor in ours.skeleton.model.state_dict().items() if not tensor.is_meta}
+        compared += _compare(found, rest)
     return compared
+
+
+def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> int:
+    for name, tensor in expected.items():
+        if name not in found or not torch.equal(found[name], tensor):
+            raise VerificationError(f"{name}: transformers reads other values than were written.")
+    return len(expected)
 
 
 def _stream_logits(model: StreamedModel, ids: Tensor) -> Tensor:
@@ -108,10 +132,6 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if info.dtype.is_floating_point:
             counts[info.dtype] = counts.get(info.dtype, 0) + 1
     return max(counts, key=lambda dtype: counts[dtype])
-
-
-def _has_experts(model: StreamedModel) -> bool:
-    return any(parameter.ndim == 3 for _, parameter in model.skeleton.model.named_parameters())
 
 
 def _require_memory(model: StreamedModel) -> None:

@@ -120,7 +120,7 @@ class Checkpoint:
                     f"{self.stored[name].file}: {name} holds {bad} values that are NaN or Inf. "
                     "The checkpoint is damaged; obtain it again."
                 )
-            digest.update(name.encode())
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
             progress(self.stored[name].num_bytes)
         return digest.hexdigest()

@@ -98,7 +98,12 @@ class Packing:
                 f"{path}: the model is already quantized ({method}, {', '.join(sorted(layouts)) or layout}). "
                 "Only unquantized models and compressed-tensors pack-quantized ones can be read; give the original."
             )
-        groups = tuple((tuple(entry["targets"]), cast(dict[str, Any], entry["weights"])) for entry in entries.values())
+        try:
+            groups = tuple((tuple(entry["targets"]), _weight_args(entry)) for entry in entries.values())
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: quantization_config describes no weights in a config group ({error}). Obtain it again."
+            ) from None
         return cls(groups=groups, version=str(config.get("version", "0")), path=path)
 
     def weights(self, stored: Iterable[str]) -> dict[str, list[str]]:
@@ -159,6 +164,11 @@ class Packing:
                 f"{self.path}: {bits}-bit weights packed by compressed-tensors {self.version} use an older layout. "
                 "Save the model again with version 0.17 or newer."
             )
+
+
+def _weight_args(entry: dict[str, Any]) -> dict[str, Any]:
+    args = dict(entry["weights"])
+    return {**args, **{key: args[key] for key in ("num_bits", "symmetric", "strategy")}}
 
 
 def _encode_zero_point(zero_point: Tensor, bits: int, granularity: Granularity) -> Tensor:

@@ -77,10 +77,16 @@ class Skeleton:
         """Where the rows of a parameter lie in the checkpoint: (stored name, expert, first row, end row), in order.
 
         Raises:
-            CheckpointError: the checkpoint stores the rows transposed or interleaved.
+            CheckpointError: the checkpoint stores the rows transposed or interleaved, or all experts in one tensor.
         """
         if not self._converters.get(parameter):
-            return [(self.sources[parameter][0], None, 0, self.model.get_parameter(parameter).shape[0])]
+            stored, shape = self.sources[parameter][0], self.model.get_parameter(parameter).shape
+            if len(shape) != 2:
+                raise CheckpointError(
+                    f"{stored}: holds all experts in one tensor, which compressed-tensors cannot; "
+                    "this layout is not supported."
+                )
+            return [(stored, None, 0, shape[0])]
         return _trace_rows(self.model, parameter)
 
     def tied_names(self) -> set[str]:
