@@ -1,4 +1,4 @@
-"""The embedded model: trained, quantized at every width, loaded by transformers, and better by GPTQ than by rounding."""
+"""The embedded model: trained, quantized at every width, read by transformers, better by GPTQ than by rounding."""
 
 import math
 from pathlib import Path

@@ -183,21 +183,25 @@ def test_killed_at_every_commit_point(
     require_equal(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_killed_while_replacing_an_earlier_result(
-    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("finished", [True, False])
+def test_killed_while_replacing_an_earlier_run(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
     """A `fresh` start that dies leaves the old result whole or a new run that can be continued, never a mixture."""
     out = tmp_path / "run"
     pipeline.quantize(tiny_llama_dir, recipe(text), tmp_path / "undisturbed")
-    pipeline.quantize(tiny_llama_dir, recipe(text, "W8A16-channel"), out)
-    (out / "7-report.html").write_text("of the earlier result")
-    old = outcome_of(out)
+    if finished:
+        pipeline.quantize(tiny_llama_dir, recipe(text, "W8A16-channel"), out)
+    else:
+        die_after_block(1, tiny_llama_dir, recipe(text, "W8A16-channel"), out)
+    (out / "7-report.html").write_text("of the earlier run")
+    old = outcome_of(out) if finished else {}
 
     def start() -> None:
         try:
             pipeline.quantize(tiny_llama_dir, recipe(text), out)
         except RunError:
-            assert outcome_of(out) == old
+            assert not finished or outcome_of(out) == old
             pipeline.quantize(tiny_llama_dir, recipe(text), out, fresh=True)
 
     with monkeypatch.context() as dying:

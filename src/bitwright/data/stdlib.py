@@ -39,7 +39,7 @@ def stdlib_documents(split: str, *, with_tests: bool = False) -> Iterator[tuple[
 
 
 def _source_files(root: Path) -> Iterator[str]:
-    """Yield the paths of Python files below `root`, without descending into folders of tables and installed packages."""
+    """Yield the paths of Python files below `root`, without descending into tables and installed packages."""
     for folder, subfolders, files in os.walk(root):
         if folder == str(root):
             subfolders[:] = [each for each in subfolders if not each.startswith(TABLE_FOLDERS)]
