@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from bitwright import __version__
 from bitwright.calibration.self_text import generate_windows
 from bitwright.data.corpora import load_corpus
 from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
@@ -148,7 +148,8 @@ def prepare(
     check(needed, run.path)
     calibration, gate = _texts(model, recipe, num_windows, num_gate, device, trust_remote_code, progress)
     data_hash = hash_tokens(torch.cat([calibration, gate]))
-    parts = [recipe.hash(), model_hash, data_hash, dtype, torch.device(device).type, __version__, torch.__version__]
+    versions = [metadata.version(package) for package in ("bitwright", "torch", "transformers")]
+    parts = [recipe.hash(), model_hash, data_hash, dtype, torch.device(device).type, *versions]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     run.check(fingerprint, fresh=fresh)
     return Job(

@@ -223,7 +223,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Entry point: one line per error, the right exit code, never a traceback for what the user can mend."""
-    # Before torch is imported: waiting threads must not spin, or a second job on the machine slows both many times over.
+    # Before torch is imported: waiting threads must not spin, or a second job on the machine slows both several times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
