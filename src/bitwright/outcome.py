@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitwright.errors import VerificationError
-from bitwright.evaluate.score import Score
-from bitwright.evaluate.streamed import compare_heads
-from bitwright.export.compressed_tensors import reread_equals
+from bitwright.evaluation.score import Score
+from bitwright.evaluation.streamed import compare_heads
+from bitwright.exporters.compressed_tensors import reread_equals
 from bitwright.model.activations import Activations
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.tensor_file import save_tensors_atomic

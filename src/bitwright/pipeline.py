@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 from bitwright.data.overlap import require_disjoint
 from bitwright.errors import CheckpointError, RunError, VerificationError
-from bitwright.evaluate.score import Score
-from bitwright.evaluate.streamed import evaluate as evaluate_streamed
-from bitwright.export.exporters import EXPORTERS
+from bitwright.evaluation.score import Score
+from bitwright.evaluation.streamed import evaluate as evaluate_streamed
+from bitwright.exporters.registered import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.outcome import CALIBRATION_TOKENS, conclude, gate_failure

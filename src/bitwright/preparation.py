@@ -14,7 +14,7 @@ from bitwright.calibration.self_text import generate_windows
 from bitwright.data.corpora import load_corpus
 from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
 from bitwright.errors import CheckpointError, DataError, RecipeError
-from bitwright.export.compressed_tensors import check_plan
+from bitwright.exporters.compressed_tensors import check_plan
 from bitwright.methods.solvers import SOLVERS
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.sites import Site, block_sites

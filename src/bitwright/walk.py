@@ -10,7 +10,7 @@ stopped and ends bit-identical.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
@@ -19,48 +19,24 @@ from torch import Tensor, nn
 
 from bitwright.calibration.collect import SiteStats, collect
 from bitwright.errors import VerificationError
-from bitwright.evaluate.streamed import batch_slices, enter_all
-from bitwright.export.compressed_tensors import ModelWriter, reread_equals
+from bitwright.evaluation.streamed import batch_slices, enter_all
+from bitwright.exporters.compressed_tensors import ModelWriter, reread_equals
+from bitwright.group_solver import GroupSolver, SiteResult
 from bitwright.methods.solvers import SOLVERS
 from bitwright.model.activations import Activations
 from bitwright.model.probe import propose
-from bitwright.model.sites import Site, block_sites, weight_view
+from bitwright.model.sites import Site, block_sites
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import collection_passes
 from bitwright.model.tensor_file import save_tensors_atomic
-from bitwright.numerics.metrics import sqnr_db
 from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.ranges import fit_grid
 from bitwright.progress import Progress
-from bitwright.recipe import Plan, Recipe, SitePlan
+from bitwright.recipe import Plan, Recipe
 from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
 
 STATISTICS_BYTES = 1_000_000_000
 """Memory that the Hessians collected in one pass over a block may take; more sites than fit take more passes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SiteResult:
-    """What became of one site.
-
-    Attributes:
-        weight_sqnr_db: signal to noise of the weights; None where they are exact or all zero.
-        output_sqnr_db: signal to noise of the site's output on the calibration inputs; None without Hessian.
-        saturated: fraction of codes at the ends of the range.
-        num_tokens: calibration tokens that reached the site.
-    """
-
-    site: str
-    scheme: str
-    method: str
-    bits_per_weight: float
-    num_weights: int
-    weight_sqnr_db: float | None
-    output_sqnr_db: float | None
-    saturated: float
-    num_tokens: int
-    reason: str
 
 
 class Walk:
@@ -82,6 +58,7 @@ class Walk:
         if calibration.shape[0] == 0:
             del self.texts["calibration"]
         self.resumed_blocks = int(run.journal().get("completed_blocks", 0))
+        self.solver = GroupSolver(model.skeleton, recipe, plan)
         self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1)
 
     def execute(self) -> tuple[Activations, Activations]:
@@ -135,7 +112,7 @@ class Walk:
                 stats = self._collect(block, sites, groups, run_batches)
                 for group in groups:
                     members = [site for site in sites if site.name in group]
-                    for site, result, detail in self._solve_group(block, name, members, stats):
+                    for site, result, detail in self.solver.solve(block, name, members, stats[group[0]]):
                         results[site] = result
                         details.append(detail)
                     mean_square = stats[group[0]].mean_square
@@ -200,56 +177,6 @@ class Walk:
         with_gram = any(SOLVERS[method].needs_hessian for method in methods if method is not None)
         return collect(block, sites, groups, run_batches, with_gram=with_gram)
 
-    def _solve_group(
-        self, block: nn.Module, prefix: str, members: list[Site], stats: dict[str, SiteStats]
-    ) -> Iterator[tuple[Site, QTensor, SiteResult]]:
-        """Solve the sites of a group, those planned alike as one stacked weight: rows do not depend on each other."""
-        alike: dict[Any, list[Site]] = {}
-        for site in members:
-            entry = self.plan.sites[site.name]
-            key = (entry.scheme, entry.group_size, entry.method)
-            own = site.name if entry.granularity is not None and entry.granularity.kind == "tensor" else ""
-            alike.setdefault((*key, own), []).append(site)
-        for stack in alike.values():
-            views = [weight_view(block, site, prefix) for site in stack]
-            weight = torch.cat([view.float() for view in views])
-            stat = stats[stack[0].name]
-            result, method, reason = self._solve(
-                weight, self.plan.sites[stack[0].name], stat, self._scale_dtype(stack[0])
-            )
-            first = 0
-            for site, view in zip(stack, views, strict=True):
-                part = result.rows(first, first + site.out_features)
-                dense = part.dequantize(part.grid.scale.dtype).float()
-                detail = _describe(site, self.plan.sites[site.name], method, reason, part, view.float(), dense, stat)
-                view.copy_(dense)
-                first += site.out_features
-                yield site, part, detail
-
-    def _solve(
-        self, weight: Tensor, entry: SitePlan, stat: SiteStats, scale_dtype: torch.dtype
-    ) -> tuple[QTensor, str, str]:
-        assert entry.scheme is not None
-        assert entry.granularity is not None
-        assert entry.method is not None
-        range_method = self.recipe.range_method_for(has_statistics=stat.mean_square is not None)
-        grid = fit_grid(
-            weight,
-            entry.scheme.weight_format,
-            entry.granularity,
-            method="mse" if range_method == "importance" else range_method,
-            importance=stat.mean_square if range_method == "importance" else None,
-            scale_dtype=scale_dtype,
-        )
-        method, reason = entry.method, entry.reason
-        if SOLVERS[method].needs_hessian and stat.num_tokens == 0:
-            method, reason = "rtn", "no calibration token reached this expert, so it was rounded to nearest"
-        return SOLVERS[method].solve(weight, grid, stat, self.recipe.gptq), method, reason
-
-    def _scale_dtype(self, site: Site) -> torch.dtype:
-        skeleton = self.model.skeleton
-        return skeleton.checkpoint.stored[skeleton.sources[site.parameter][0]].dtype
-
     def _check_shard(self, index: int, written: dict[str, Tensor]) -> None:
         shard = self.writer.shard_path(index)
         different = reread_equals(shard, written)
@@ -288,36 +215,6 @@ class Walk:
             signal += float(expected.square().sum())
             noise += float((gate.read(start, start + 1, torch.device("cpu")).double() - expected).square().sum())
         return _finite(10 * math.log10(signal / noise)) if signal > 0 and noise > 0 else None
-
-
-def _describe(
-    site: Site,
-    entry: SitePlan,
-    method: str,
-    reason: str,
-    result: QTensor,
-    weight: Tensor,
-    dense: Tensor,
-    stat: SiteStats,
-) -> SiteResult:
-    output_sqnr = None
-    if stat.gram is not None and stat.num_tokens:
-        gram = stat.gram.to(weight.dtype)
-        error = weight - dense
-        signal, noise = ((weight @ gram) * weight).sum(), ((error @ gram) * error).sum()
-        output_sqnr = _finite(float(10 * torch.log10(signal / noise)))
-    return SiteResult(
-        site=site.name,
-        scheme=str(entry.scheme),
-        method=method,
-        bits_per_weight=result.bits_per_weight,
-        num_weights=weight.numel(),
-        weight_sqnr_db=_finite(sqnr_db(weight, dense)),
-        output_sqnr_db=output_sqnr,
-        saturated=result.saturated_fraction,
-        num_tokens=stat.num_tokens,
-        reason=reason,
-    )
 
 
 def _finite(value: float) -> float | None:

@@ -23,7 +23,7 @@ from bitwright import walk
 from bitwright.cli.app import main
 from bitwright.cli.console import ProgressBars
 from bitwright.errors import VerificationError
-from bitwright.export import transformers_directory
+from bitwright.exporters import transformers_directory
 from bitwright.model import tensor_file
 from bitwright.runs import RunDirectory
 

@@ -49,7 +49,10 @@ def correlated() -> Tensor:
 
 
 def solve(method: str, weight: Tensor, grid: Grid, stats: SiteStats, options: GptqOptions) -> QTensor:
-    return SOLVERS[method].solve(weight, grid, stats, options)
+    def refit(current: Tensor, first: int, end: int) -> Grid:
+        return grid.columns(first, end)  # the same grid again, so that results are on the given one
+
+    return SOLVERS[method].solve(weight, grid, stats, options, refit)
 
 
 @EVERY_METHOD

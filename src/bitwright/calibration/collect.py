@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from bitwright.model.sites import Site, SiteCalls
 from bitwright.numerics.linalg import accumulate_gram
 
-HESSIAN, MEAN_SQUARE = "hessian", "mean_square"
-
 
 @dataclass(slots=True)
 class SiteStats:
@@ -99,14 +97,13 @@ def collect(
         shared = SiteStats(is_routed=kinds[group[0]] == "expert")
         leaders.add(group[0])
         stats.update(dict.fromkeys(group, shared))
-    may_stop_early = all(site.kind != "expert" for site in sites if site.name in stats)
     waiting: set[str] = set()
 
     def on_call(site: Site, x: Tensor) -> None:
         if site.name in leaders:
             stats[site.name].add(x, with_gram=with_gram)
         waiting.discard(site.name)
-        if may_stop_early and not waiting:
+        if not waiting:
             raise _AllSeen
 
     for run in run_batches():

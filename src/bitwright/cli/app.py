@@ -189,7 +189,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file; 7-report.html in the run unless given.")] = None,
 ) -> None:
     """Write one self-contained HTML file: what was done, what was lost and where, sizes and timings."""
-    from bitwright.report.page import write_report
+    from bitwright.reports.page import write_report
 
     _print(str(write_report(run, out)))
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from bitwright.demo import DemoRow
-    from bitwright.evaluate.score import Score
+    from bitwright.evaluation.score import Score
     from bitwright.inspection import Inspection
     from bitwright.pipeline import QuantizeResult
 

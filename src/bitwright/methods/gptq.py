@@ -80,7 +80,7 @@ def gptq(
             local[j + 1 :].addr_(factor[start + j, start + j + 1 : end], error, alpha=-1.0)
             errors[j] = error
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1.0)
-    return sweep.result(num_columns)
+    return sweep.result()
 
 
 class _Sweep:
@@ -113,8 +113,8 @@ class _Sweep:
         self.codes[column] = codes
         return rounded
 
-    def result(self, num_columns: int) -> QTensor:
-        return QTensor(codes=self.codes[:num_columns].T.contiguous(), grid=self.grid)
+    def result(self) -> QTensor:
+        return QTensor(codes=self.codes.T.contiguous(), grid=self.grid)
 
 
 def _stand_in(live: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bitwright.calibration.collect import SiteStats
-from bitwright.methods.gptq import gptq
+from bitwright.methods.gptq import Refit, gptq
 from bitwright.methods.rtn import rtn
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.qtensor import QTensor
@@ -19,22 +19,32 @@ class Solver:
     """Rounds a weight to a grid.
 
     Attributes:
-        solve: (weight [O, I], grid, statistics of the inputs, options) -> QTensor.
+        solve: (weight [O, I], grid, statistics of the inputs, options, refit) -> QTensor; `refit` fits a new grid to
+            the current weights [O, g] of columns first … end.
         needs_hessian: the statistics must include Σ x xᵀ, so a calibration text is required.
     """
 
-    solve: Callable[[Tensor, Grid, SiteStats, GptqOptions], QTensor]
+    solve: Callable[[Tensor, Grid, SiteStats, GptqOptions, Refit], QTensor]
     needs_hessian: bool
 
 
-def _rtn(weight: Tensor, grid: Grid, _stats: SiteStats, _options: GptqOptions) -> QTensor:
+def _rtn(weight: Tensor, grid: Grid, _stats: SiteStats, _options: GptqOptions, _refit: Refit) -> QTensor:
     return rtn(weight, grid)
 
 
-def _gptq(weight: Tensor, grid: Grid, stats: SiteStats, options: GptqOptions) -> QTensor:
+def _gptq(weight: Tensor, grid: Grid, stats: SiteStats, options: GptqOptions, refit: Refit) -> QTensor:
     hessian = stats.hessian
     assert hessian is not None
-    return gptq(weight, hessian, grid, damp=options.damp, block=options.block, act_order=options.act_order)
+    refits = grid.granularity.kind == "group" and not options.act_order
+    return gptq(
+        weight,
+        hessian,
+        grid,
+        damp=options.damp,
+        block=options.block,
+        act_order=options.act_order,
+        refit=refit if refits else None,
+    )
 
 
 SOLVERS: Registry[Solver] = Registry("method")

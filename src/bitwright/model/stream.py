@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import StructureError
 from bitwright.model.checkpoint import Checkpoint
+from bitwright.model.freed import return_freed_memory
 from bitwright.model.sites import find_blocks
 from bitwright.model.skeleton import Skeleton
 
@@ -96,6 +97,7 @@ class StreamedModel:
             yield
         finally:
             self.skeleton.free_outside(self.blocks_path)
+            return_freed_memory()
 
     @contextmanager
     def block(self, index: int) -> Generator[nn.Module, None, None]:
@@ -106,6 +108,7 @@ class StreamedModel:
             yield self.skeleton.model.get_submodule(name)
         finally:
             self.skeleton.free(name)
+            return_freed_memory()
 
     def enter(self, input_ids: Tensor) -> Tensor:
         """Return the hidden state [B, T, D] that enters the first block; needs `outside()`.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitwright.export.transformers_directory import copy_directory, verify_with_transformers
+from bitwright.exporters.transformers_directory import copy_directory, verify_with_transformers
 from bitwright.registry import Registry
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitwright.evaluate.score import TOKENS_PER_CHUNK, Score, Scorer
+from bitwright.evaluation.score import TOKENS_PER_CHUNK, Score, Scorer
 
 VOCABULARY = 53
 EPS = torch.finfo(torch.float32).eps

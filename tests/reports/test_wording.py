@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from bitwright.report import wording
+from bitwright.reports import wording
 
 
 @pytest.mark.parametrize(

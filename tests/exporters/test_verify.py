@@ -21,9 +21,9 @@ from torch import Tensor
 
 from bitwright import pipeline
 from bitwright.errors import MissingDependency, ResourceError, VerificationError
-from bitwright.export import transformers_directory
-from bitwright.export.exporters import EXPORTERS
-from bitwright.export.transformers_directory import verify_with_transformers
+from bitwright.exporters import transformers_directory
+from bitwright.exporters.registered import EXPORTERS
+from bitwright.exporters.transformers_directory import verify_with_transformers
 from bitwright.model import packed
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.stream import StreamedModel

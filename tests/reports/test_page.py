@@ -11,7 +11,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from bitwright.errors import ResourceError, RunError
-from bitwright.report.page import write_comparison, write_report
+from bitwright.reports.page import write_comparison, write_report
 
 NUM_SCRIPTS = 4  # data, the page's own, plotly, and the call that draws
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -331,7 +331,7 @@ def test_comparison_survives_absent_figures_and_hostile_links(tmp_path: Path) ->
 
 def test_importing_the_report_needs_no_torch() -> None:
     program = (
-        "import sys, bitwright.report.page\n"
+        "import sys, bitwright.reports.page\n"
         "print(sorted({'torch', 'transformers', 'safetensors', 'numpy'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from bitwright.report import wording
-from bitwright.report.facts import Facts, Figure, Results, SiteFact, is_finite, mapping_or_empty
+from bitwright.reports import wording
+from bitwright.reports.facts import Facts, Figure, Results, SiteFact, is_finite, mapping_or_empty
 
 NUM_WORST = 10
 NUM_NAMED = 8

@@ -15,8 +15,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from bitwright.records import write_text_atomic
-from bitwright.report import charts, story, wording
-from bitwright.report.facts import Facts, SiteFact, read_facts
+from bitwright.reports import charts, story, wording
+from bitwright.reports.facts import Facts, SiteFact, read_facts
 from bitwright.runs import RunDirectory
 
 FILTERS: Mapping[str, Callable[..., str]] = {

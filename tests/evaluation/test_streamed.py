@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitwright.evaluate import streamed
-from bitwright.evaluate.score import Score, Scorer
-from bitwright.evaluate.streamed import batch_slices, compare_heads, evaluate, final_hidden
+from bitwright.evaluation import streamed
+from bitwright.evaluation.score import Score, Scorer
+from bitwright.evaluation.streamed import batch_slices, evaluate
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.progress import no_progress
@@ -96,17 +96,6 @@ def test_a_model_against_itself(tiny_llama_dir: Path, windows: Tensor, tmp_path:
     assert (found.kl_mean, found.kl_p999, found.same_top1) == (0, 0, 1)
     assert found.perplexity == alone.perplexity
     assert math.isfinite(alone.perplexity)
-
-
-def test_offset_says_where_the_windows_start(tiny_llama_dir: Path, windows: Tensor, tmp_path: Path) -> None:
-    model = stream(tiny_llama_dir)
-    hidden = final_hidden(model, windows, tmp_path / "hidden.bin", no_progress, "test")
-    whole = final_hidden(model, windows[3:], tmp_path / "part.bin", no_progress, "test")
-    found = compare_heads(model, hidden, windows[3:], None, None, offset=3)
-    assert found.num_windows == NUM_WINDOWS - 3
-    assert found.perplexity == pytest.approx(
-        compare_heads(model, whole, windows[3:], None, None).perplexity, rel=2.0**-12
-    )
 
 
 def test_progress_counts_blocks(tiny_llama_dir: Path, windows: Tensor, tmp_path: Path) -> None:

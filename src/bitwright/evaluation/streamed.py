@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bitwright.evaluate.score import Score, Scorer
+from bitwright.evaluation.score import Score, Scorer
 from bitwright.model.activations import Activations
 from bitwright.model.stream import StreamedModel
 from bitwright.progress import Progress
@@ -67,17 +67,15 @@ def compare_heads(
     windows: Tensor,
     reference: StreamedModel | None,
     expected: Activations | None,
-    *,
-    offset: int = 0,
 ) -> Score:
-    """Turn the last hidden states into a score; `offset` is where the windows start in `hidden`."""
+    """Turn the last hidden states into a score."""
     scorer = Scorer()
     with model.outside():
         if reference is None or reference is model:
-            _score_windows(scorer, model, hidden, windows, reference, expected, offset)
+            _score_windows(scorer, model, hidden, windows, reference, expected)
         else:
             with reference.outside():
-                _score_windows(scorer, model, hidden, windows, reference, expected, offset)
+                _score_windows(scorer, model, hidden, windows, reference, expected)
     return scorer.result()
 
 
@@ -88,11 +86,10 @@ def _score_windows(
     windows: Tensor,
     reference: StreamedModel | None,
     expected: Activations | None,
-    offset: int,
 ) -> None:
     for index in range(windows.shape[0]):
         ids = windows[index : index + 1]
-        logits = model.leave(ids, hidden.read(offset + index, offset + index + 1, model.device))
+        logits = model.leave(ids, hidden.read(index, index + 1, model.device))
         other = None
         if reference is not None and expected is not None:
             other = reference.leave(ids, expected.read(index, index + 1, reference.device))[0].to(logits.device)

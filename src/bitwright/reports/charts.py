@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from bitwright.report import wording
-from bitwright.report.facts import BlockFact, Figure, SiteFact, is_finite
+from bitwright.reports import wording
+from bitwright.reports.facts import BlockFact, Figure, SiteFact, is_finite
 
 Chart = dict[str, Any]
 NUM_COLOURS = 8
