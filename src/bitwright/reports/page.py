@@ -115,7 +115,7 @@ def _link(report: str | None) -> str | None:
 
 def _write(template: str, out: Path, **values: Any) -> Path:
     environment = Environment(
-        loader=PackageLoader("bitwright", "report"),
+        loader=PackageLoader("bitwright", "reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
