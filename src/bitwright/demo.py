@@ -22,8 +22,8 @@ CONFIGURATIONS = (
     ("4-bit GPTQ", "W4A16-g128", "gptq"),
     ("3-bit GPTQ", "W3A16-g128", "gptq"),
 )
-CALIBRATION = Calibration(text="stdlib", num_samples=64, seqlen=256)
-EVALUATION_TEXT, EVALUATION_WINDOWS = "stdlib:heldout", 48
+CALIBRATION = Calibration(text="stdlib", num_samples=48, seqlen=256)
+EVALUATION_TEXT, EVALUATION_WINDOWS = "stdlib:heldout", 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
