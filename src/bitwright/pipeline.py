@@ -1,6 +1,5 @@
 """The verbs, as on the command line: inspect, quantize (calibrates and decides on its way), evaluate, export."""
 
-import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -224,16 +223,14 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target}: exists and is not empty. Choose another --out.")
     _require_intact(finished)
-    temporary = target.with_name(target.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        exporter.write(finished.model, temporary)
-        comparison = exporter.verify(temporary, trust_remote_code) if verify else {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        written = Path(folder) / target.name
+        exporter.write(finished.model, written)
+        comparison = exporter.verify(written, trust_remote_code) if verify else {}
         if target.exists():
             target.rmdir()
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        written.replace(target)
     append_jsonl(finished.records, {"kind": "export", "to": to, "out": str(target), **comparison})
     progress("export", 1, 1)
     return comparison

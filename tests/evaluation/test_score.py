@@ -99,6 +99,11 @@ def test_divergence_from_itself_is_zero() -> None:
     assert (found.kl_mean, found.kl_stderr, found.kl_p99, found.kl_p999, found.same_top1) == (0, 0, 0, 0, 1)
 
 
+def test_one_window_says_nothing_of_the_spread() -> None:
+    found = score(random_windows()[:1])
+    assert (found.perplexity_stderr, found.kl_stderr) == (None, None)
+
+
 def test_without_reference_there_is_no_divergence() -> None:
     found = score([(ids, logits, None) for ids, logits, _ in random_windows()])
     assert (found.kl_mean, found.kl_stderr, found.kl_p99, found.kl_p999, found.same_top1) == (None,) * 5

@@ -34,7 +34,9 @@ def run_table(result: "QuantizeResult") -> Table:
         "bits per weight", f"{r['bits_per_weight']:.3f} over {r['num_quantized']} sites; {r['num_kept']} kept in 16 bit"
     )
     table.add_row("bits per parameter", f"{r['model_bits_per_parameter']:.3f}, embeddings, norms and head included")
-    table.add_row("KL divergence", f"{r['kl_mean']:.5f} ± {r['kl_stderr']:.5f} nats/token, 99 %: {r['kl_p99']:.3f}")
+    table.add_row(
+        "KL divergence", f"{_with_error(r['kl_mean'], r['kl_stderr'], 5)} nats/token, 99 %: {r['kl_p99']:.3f}"
+    )
     table.add_row("same top-1", f"{r['same_top1']:.2%} of {r['gate_tokens']} tokens no method has seen")
     table.add_row("perplexity there", f"{r['reference_perplexity']:.3f} → {r['perplexity']:.3f}")
     table.add_row("time, peak memory", f"{r['seconds']:.1f} s, {size(r['peak_memory_bytes'])}")
@@ -47,10 +49,10 @@ def score_table(score: "Score", circumstances: dict[str, Any]) -> Table:
     """Perplexity and divergence with all that belongs to them."""
     table = _facts(str(circumstances["model"]))
     table.add_row("text", f"{circumstances['text']}, {score.num_windows} windows of {circumstances['seqlen']} tokens")
-    table.add_row("perplexity", f"{score.perplexity:.4f} ± {score.perplexity_stderr:.4f}")
+    table.add_row("perplexity", _with_error(score.perplexity, score.perplexity_stderr, 4))
     if score.kl_mean is not None:
         table.add_row("reference", str(circumstances["reference"]))
-        table.add_row("KL divergence", f"{score.kl_mean:.6f} ± {score.kl_stderr:.6f} nats/token")
+        table.add_row("KL divergence", f"{_with_error(score.kl_mean, score.kl_stderr, 6)} nats/token")
         table.add_row("KL 99 %, 99.9 %", f"{score.kl_p99:.4f}, {score.kl_p999:.4f}")
         table.add_row("same top-1", f"{score.same_top1:.3%}")
     return table
@@ -120,7 +122,7 @@ def demo_table(rows: "Sequence[DemoRow]") -> Table:
     for row in rows:
         table.add_row(
             row.name, f"{row.bits_per_weight:.3f}", size(row.size_bytes),
-            f"{row.perplexity:.3f} ± {row.perplexity_stderr:.2f}", f"{row.kl_mean:.5f}", f"{row.same_top1:.2%}",
+            _with_error(row.perplexity, row.perplexity_stderr, 2), f"{row.kl_mean:.5f}", f"{row.same_top1:.2%}",
             f"{row.seconds:.1f}",
         )  # fmt: skip
     return table
@@ -136,6 +138,11 @@ def doctor_table(found: dict[str, Any]) -> Table:
     for name, remedy in found["missing"].items():
         table.add_row(f"{name} (absent)", remedy)
     return table
+
+
+def _with_error(value: float, stderr: float | None, digits: int) -> str:
+    """A figure with its standard error, where there is one."""
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
 
 
 def _facts(title: str) -> Table:

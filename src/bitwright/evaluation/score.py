@@ -25,9 +25,9 @@ class Score:
         num_windows: windows evaluated.
         num_tokens: predictions made.
         perplexity: exp of the mean negative log-likelihood per token.
-        perplexity_stderr: its standard error over windows (0 for a single window).
+        perplexity_stderr: its standard error over windows; None for a single window.
         kl_mean: mean KL divergence from the reference in nats per token; None without a reference, as those below.
-        kl_stderr: its standard error over windows.
+        kl_stderr: its standard error over windows; None for a single window.
         kl_p99: 99 % quantile over tokens.
         kl_p999: 99.9 % quantile over tokens.
         same_top1: fraction of tokens for which model and reference rank the same token first.
@@ -36,7 +36,7 @@ class Score:
     num_windows: int
     num_tokens: int
     perplexity: float
-    perplexity_stderr: float
+    perplexity_stderr: float | None
     kl_mean: float | None = None
     kl_stderr: float | None = None
     kl_p99: float | None = None
@@ -79,7 +79,7 @@ class Scorer:
             num_windows=len(self._nll),
             num_tokens=self._num_tokens,
             perplexity=perplexity,
-            perplexity_stderr=perplexity * nll_stderr,
+            perplexity_stderr=None if nll_stderr is None else perplexity * nll_stderr,
         )
         if not self._kl:
             return base
@@ -98,10 +98,10 @@ class Scorer:
         )
 
 
-def _mean_and_stderr(values: list[float]) -> tuple[float, float]:
+def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
-        return mean, 0.0
+        return mean, None
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
 

@@ -31,7 +31,7 @@ NOT_COPIED = ("config.json", WEIGHT_INDEX, "README.md", "quantize_config.json")
 EXPERTS = r"re:.*\.experts\.\d+\..*"
 """Experts as checkpoints name them, one by one, where the model holds one 3-D parameter."""
 KEPT = "kept in 16 bit"
-COPIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+COPIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
 
 
 def check_plan(sites: Iterable[Site], plan: Mapping[str, SitePlan]) -> None:
