@@ -78,14 +78,7 @@ def load(directory: Path, **options: Any) -> PreTrainedModel:
 
 def our_logits(directory: Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits [B, T, V] of our own reading of a directory, streamed block by block."""
-    model = StreamedModel(open_checkpoint(directory), dtype=dtype)
-    with model.outside():
-        hidden = model.enter(ids)
-    for index in range(model.num_blocks):
-        with model.block(index) as block:
-            hidden = model.run_block(block, index, hidden)
-    with model.outside():
-        return model.leave(ids, hidden)
+    return StreamedModel(open_checkpoint(directory), dtype=dtype).logits(ids)
 
 
 def require_same_logits(directory: Path, ours: Path, dtype: torch.dtype) -> None:

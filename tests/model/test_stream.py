@@ -90,16 +90,6 @@ def ids_of(num_windows: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (num_windows, SEQLEN), generator=torch.Generator().manual_seed(seed))
 
 
-def stream_logits(model: StreamedModel, ids: Tensor) -> Tensor:
-    with model.outside():
-        hidden = model.enter(ids)
-    for index in range(model.num_blocks):
-        with model.block(index) as block:
-            hidden = model.run_block(block, index, hidden)
-    with model.outside():
-        return model.leave(ids, hidden)
-
-
 def all_on_meta(model: StreamedModel) -> bool:
     return all(parameter.is_meta for parameter in model.skeleton.model.parameters())
 
@@ -112,7 +102,7 @@ def test_streamed_logits_are_the_whole_models(name: str, tmp_path: Path) -> None
         expected = whole(input_ids=ids).logits
     model = StreamedModel(open_checkpoint(folder))
     assert all_on_meta(model)
-    found = stream_logits(model, ids)
+    found = model.logits(ids)
     assert found.dtype == torch.float32
     assert found.shape == expected.shape
     # Experts run one by one here and batched in the whole model: the same products in another order, a few roundings.
@@ -132,7 +122,7 @@ def test_streamed_logits_in_half_precision(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = whole(input_ids=ids).logits.float()
     model = StreamedModel(open_checkpoint(folder), dtype=torch.bfloat16)
-    assert torch.equal(stream_logits(model, ids), expected)
+    assert torch.equal(model.logits(ids), expected)
 
 
 def test_weights_are_in_memory_only_inside_their_context(tmp_path: Path) -> None:
@@ -185,7 +175,7 @@ def test_the_model_is_whole_again_after_a_pass(tmp_path: Path) -> None:
     _, folder = saved("llama", tmp_path)
     model = StreamedModel(open_checkpoint(folder))
     blocks = list(model.skeleton.model.get_submodule(model.blocks_path))
-    stream_logits(model, ids_of(1))
+    model.logits(ids_of(1))
     assert all(a is b for a, b in zip(blocks, model.skeleton.model.get_submodule(model.blocks_path), strict=True))
 
 
@@ -234,7 +224,7 @@ def detoured(folder: Path, way: str) -> StreamedModel:
 def test_a_detour_that_changes_nothing_is_followed(tmp_path: Path) -> None:
     """Control for the refusals below: they are due to the change, not to the stand-in."""
     model = detoured(tmp_path, "straight")
-    assert bool(torch.isfinite(stream_logits(model, ids_of(2))).all())
+    assert bool(torch.isfinite(model.logits(ids_of(2))).all())
 
 
 def test_a_hidden_state_altered_between_blocks_is_refused(tmp_path: Path) -> None:

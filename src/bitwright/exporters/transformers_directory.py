@@ -63,7 +63,7 @@ def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[s
     )
     theirs, found = _run_transformers(directory, ids, trust_remote_code=trust_remote_code)
     compared = _compare_weights(theirs, ours)
-    expected = _stream_logits(ours, ids)
+    expected = ours.logits(ids)
     difference = float((found - expected).abs().max())
     bound = ROUNDINGS * math.sqrt(ours.num_blocks) * torch.finfo(ours.dtype).eps * float(expected.abs().max())
     if not difference <= bound:
@@ -115,16 +115,6 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> int
         if name not in found or not torch.equal(found[name], tensor):
             raise VerificationError(f"{name}: transformers reads other values than were written.")
     return len(expected)
-
-
-def _stream_logits(model: StreamedModel, ids: Tensor) -> Tensor:
-    with model.outside():
-        hidden = model.enter(ids)
-    for index in range(model.num_blocks):
-        with model.block(index) as block:
-            hidden = model.run_block(block, index, hidden)
-    with model.outside():
-        return model.leave(ids, hidden)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

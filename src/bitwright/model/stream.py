@@ -137,6 +137,16 @@ class StreamedModel:
             out = block(hidden, *call.args, **call.kwargs)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Return the logits [B, T, V] (float32), loading one block after the other."""
+        with self.outside():
+            hidden = self.enter(input_ids)
+        for index in range(self.num_blocks):
+            with self.block(index) as block:
+                hidden = self.run_block(block, index, hidden)
+        with self.outside():
+            return self.leave(input_ids, hidden)
+
     def leave(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the logits [B, T, V] (float32) for the last block's output; needs `outside()`."""
         relays = self._relays(bool(self._returns_tuple))

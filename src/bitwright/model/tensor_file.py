@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.errors import ResourceError
+from bitwright.records import sync_folder
 
 
 def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -27,7 +28,7 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (SafetensorError, OSError) as error:
         with suppress(OSError):
             temporary.unlink()
@@ -35,11 +36,3 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ResourceError(
             f"{path}: cannot be written ({reason}). Free disk space or choose another directory; then start again."
         ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
