@@ -1,4 +1,4 @@
-"""`bitwright demo`: the main job on the embedded model, five ways, side by side.
+"""`bitwright demo`: the main job on the embedded model, four ways, beside the original.
 
 The model was trained by this project (scripts/train_demo_model.py) on the standard library's sources. It is calibrated
 on files that it was trained on and evaluated on files that neither training nor calibration has seen.

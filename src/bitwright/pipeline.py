@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bitwright.exporters.registered import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.outcome import CALIBRATION_TOKENS, conclude, gate_failure
+from bitwright.preflight import Estimate
 from bitwright.preparation import Job, check_seqlen, max_length, open_model, prepare, text_windows, vocabulary_size
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
@@ -53,6 +55,7 @@ def quantize(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
+    announce: Callable[[Estimate], None] = lambda _: None,
 ) -> QuantizeResult:
     """Quantize a model into a run directory; the same call resumes an interrupted run and returns a finished one.
 
@@ -64,6 +67,7 @@ def quantize(
         device: where blocks are computed.
         dtype: compute type of activations: float32, bfloat16 or float16.
         progress: called with (what, done, total).
+        announce: called once with what the run will need, when every check has passed.
     Raises:
         BitwrightError: see `errors`; nothing is written unless every check has passed.
     """
@@ -83,6 +87,7 @@ def quantize(
     if fresh or not run.is_complete or run.work.exists():
         try:
             run.start(job.fingerprint, _asked(model, job), fresh=fresh)
+            announce(job.needed)
             done = 0 if run.is_complete else _carry_out(job, run, begun, progress)
         finally:
             run.release()
@@ -119,6 +124,7 @@ def _asked(model: str | Path, job: Job) -> dict[str, Any]:
         "recipe": job.recipe.to_mapping(),
         "model_hash": job.model_hash,
         "data_hash": job.data_hash,
+        "estimate": asdict(job.needed),
     }
 
 

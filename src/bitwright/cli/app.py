@@ -81,7 +81,7 @@ def quantize(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Quantize a model into a run directory, measure what was lost, and fail if it is too much."""
-    from bitwright.cli.tables import run_table
+    from bitwright.cli.tables import estimate_line, run_table
     from bitwright.pipeline import quantize as run
     from bitwright.recipe import Recipe, load_recipe
 
@@ -101,6 +101,7 @@ def quantize(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            announce=lambda needed: None if quiet or as_json else _print(estimate_line(needed)),
         )
     if as_json:
         _print_json({"run": str(result.run), "failure": result.failure, **result.results})
@@ -199,7 +200,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the demo's runs and report go.")] = Path("runs/demo"),
     quiet: Quiet = False,
 ) -> None:
-    """Quantize the embedded demo model five ways, compare, and write the report."""
+    """Quantize the embedded demo model four ways, compare, and write the report."""
     from bitwright.cli.tables import demo_table
     from bitwright.demo import run_demo
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bitwright.evaluation.score import Score
     from bitwright.inspection import Inspection
     from bitwright.pipeline import QuantizeResult
+    from bitwright.preflight import Estimate
 
 SHOWN_GROUPS = 12
 
@@ -22,6 +23,14 @@ def size(num_bytes: float) -> str:
         if num_bytes >= factor:
             return f"{num_bytes / factor:.2f} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def estimate_line(needed: "Estimate") -> str:
+    """What a run will need, in one line."""
+    return (
+        f"pre-flight passed: {needed.quantized_bits_per_weight:.3f} bits per weight, model {size(needed.model_bytes)}, "
+        f"work files {size(needed.work_bytes)}, about {size(needed.memory_bytes)} of memory"
+    )
 
 
 def run_table(result: "QuantizeResult") -> Table:
