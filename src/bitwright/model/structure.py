@@ -160,11 +160,6 @@ def block_signature(block: nn.Module) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
-def substeps(structure: BlockStructure) -> list[tuple[str, ...]]:
-    """Return the groups in order of first use: q, k, v → o → gate, up → down. Sites of one entry share one input."""
-    return [group.sites for group in structure.groups]
-
-
 def collection_passes(structure: BlockStructure) -> list[tuple[tuple[str, ...], ...]]:
     """Return the sub-steps with the same step of all experts taken together; each entry holds groups, not sites.
 
