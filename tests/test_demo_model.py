@@ -42,6 +42,12 @@ def test_gptq_loses_less_than_rounding_at_the_same_size(tmp_path: Path) -> None:
     assert losses["gptq"] < losses["rtn"]
 
 
+def test_the_default_gate_catches_a_collapse(tmp_path: Path) -> None:
+    result = quantize(demo_model(), Recipe(scheme=Scheme.parse("W2A16-tensor"), method="rtn"), tmp_path / "run")
+    assert result.failure is not None
+    assert result.results["perplexity"] > 2 * result.results["reference_perplexity"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_width_loads_in_transformers_with_equal_logits(scheme: str, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from bitwright.recipe import Plan
 from bitwright.walk import STATISTICS_BYTES
 
 DISK_MARGIN = 1.05
-HESSIAN_COPIES = 5
-"""The Gram matrix, the Hessian made of it, its permutation and two of the factorisation are alive at once."""
+HESSIAN_COPIES = 6
+"""Alive at once: the Gram matrix, the Hessian made of it, its permutation, two of the factorisation; one for all else."""
 LOGIT_COPIES = 3
 """Logits of a window by model and reference, and a copy while one is computed."""
 WORKING_BYTES = 450_000_000

@@ -149,7 +149,7 @@ class Recipe:
     ragged: Ragged = "auto"
     gptq: GptqOptions = field(default_factory=GptqOptions)
     calibration: Calibration = field(default_factory=Calibration)
-    max_kl: float = 2.0
+    max_kl: float = 1.0
 
     def __post_init__(self) -> None:
         for pattern in self.ignore:
