@@ -17,7 +17,7 @@ from bitwright.walk import STATISTICS_BYTES
 
 DISK_MARGIN = 1.05
 HESSIAN_COPIES = 6
-"""Alive at once: the Gram matrix, the Hessian made of it, its permutation, two of the factorisation; one for all else."""
+"""Alive at once: the Gram matrix, the Hessian made of it, its permutation, two of the factorisation; one to spare."""
 LOGIT_COPIES = 3
 """Logits of a window by model and reference, and a copy while one is computed."""
 WORKING_BYTES = 450_000_000
