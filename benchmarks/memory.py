@@ -119,7 +119,8 @@ def streamed_gptq(model: Path, work: Path) -> None:
 
 def _quantize(model: Path, work: Path, method: str, text: str | None) -> None:
     from bitwright.pipeline import quantize
-    from bitwright.recipe import Calibration, Recipe, Scheme
+    from bitwright.recipe import Calibration, Recipe
+from bitwright.schemes import Scheme
 
     calibration = Calibration(text=text, num_samples=NUM_WINDOWS, seqlen=SEQLEN)
     recipe = Recipe(scheme=Scheme.parse(SCHEME), method=method, calibration=calibration, max_kl=NEVER_FAILS)
@@ -136,7 +137,7 @@ def whole_rtn(model: Path, work: Path) -> None:
     from bitwright.model import packed
     from bitwright.numerics.granularity import Granularity
     from bitwright.numerics.ranges import fit_grid
-    from bitwright.recipe import Scheme
+    from bitwright.schemes import Scheme
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     granularity = Granularity(kind="group", group_size=128)

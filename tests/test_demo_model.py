@@ -7,7 +7,8 @@ import pytest
 
 from bitwright.demo import CALIBRATION, EVALUATION_TEXT, demo_model
 from bitwright.pipeline import evaluate, export, quantize
-from bitwright.recipe import Calibration, Recipe, Scheme
+from bitwright.recipe import Calibration, Recipe
+from bitwright.schemes import Scheme
 
 FEW = Calibration(text="stdlib", num_samples=16, seqlen=128)
 WIDE_GATE = 20.0

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bitwright.pipeline import evaluate, quantize
-from bitwright.recipe import Calibration, Recipe, Scheme
+from bitwright.recipe import Calibration, Recipe
+from bitwright.schemes import Scheme
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 

@@ -6,8 +6,9 @@ from bitwright.errors import BitwrightError
 
 if TYPE_CHECKING:
     from bitwright.pipeline import QuantizeResult, evaluate, export, inspect, quantize
-    from bitwright.recipe import Calibration, Recipe, Scheme, load_recipe
+    from bitwright.recipe import Calibration, Recipe, load_recipe
     from bitwright.reports.page import write_report as report
+    from bitwright.schemes import Scheme
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,7 +17,8 @@ __all__ = [
 ]  # fmt: skip
 _ORIGINS = {
     **dict.fromkeys(("QuantizeResult", "evaluate", "export", "inspect", "quantize"), "bitwright.pipeline"),
-    **dict.fromkeys(("Calibration", "Recipe", "Scheme", "load_recipe"), "bitwright.recipe"),
+    **dict.fromkeys(("Calibration", "Recipe", "load_recipe"), "bitwright.recipe"),
+    "Scheme": "bitwright.schemes",
     "report": "bitwright.reports.page",
 }
 

@@ -13,8 +13,9 @@ from bitwright.errors import VerificationError
 from bitwright.pipeline import evaluate, quantize
 from bitwright.preparation import open_model
 from bitwright.progress import Progress
-from bitwright.recipe import Calibration, Recipe, Scheme
+from bitwright.recipe import Calibration, Recipe
 from bitwright.reports.page import write_comparison, write_report
+from bitwright.schemes import Scheme
 
 CONFIGURATIONS = (
     ("8-bit RTN", "W8A16-channel", "rtn"),

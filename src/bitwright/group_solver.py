@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from bitwright.calibration.collect import SiteStats
 from bitwright.errors import SingularHessian, VerificationError
 from bitwright.methods.solvers import SOLVERS
+from bitwright.model.layouts.own import input_scale
 from bitwright.model.sites import Site, weight_view
 from bitwright.model.skeleton import Skeleton
-from bitwright.numerics.grid import Grid
+from bitwright.numerics.block_scales import FixedFp8Scale
+from bitwright.numerics.entropy import ideal_bits_per_weight
+from bitwright.numerics.fitting import fit
+from bitwright.numerics.grid import AnyGrid, Grid
+from bitwright.numerics.inputs import InputQuantizer, QuantizedSite, static_grid
 from bitwright.numerics.metrics import sqnr_db
+from bitwright.numerics.outliers import SparseOutliers, split_outliers
 from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.ranges import fit_grid
+from bitwright.numerics.ranges import store_scale
+from bitwright.numerics.scale_formats import SCALE_FORMATS
+from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.recipe import Plan, Recipe, SitePlan
+from bitwright.schemes import MODEL_SCALE, ActivationScheme
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +37,7 @@ class SiteResult:
         weight_sqnr_db: signal to noise of the weights; None where they are exact or all zero.
         output_sqnr_db: signal to noise of the site's output on the calibration inputs; None without Hessian.
         saturated: fraction of codes at the ends of the range.
+        ideal_bits_per_weight: bits per weight if the codes were entropy coded, scales included.
         num_tokens: calibration tokens that reached the site.
     """
 
@@ -39,6 +49,7 @@ class SiteResult:
     weight_sqnr_db: float | None
     output_sqnr_db: float | None
     saturated: float
+    ideal_bits_per_weight: float
     num_tokens: int
     reason: str
 
@@ -51,69 +62,114 @@ class GroupSolver:
 
     def solve(
         self, block: nn.Module, prefix: str, members: list[Site], stats: SiteStats
-    ) -> Iterator[tuple[Site, QTensor, SiteResult]]:
+    ) -> Iterator[tuple[Site, QuantizedSite, SiteResult]]:
         """Solve the sites of a group, those planned alike as one stacked weight: rows do not depend on each other."""
         for stack in self._planned_alike(members):
             views = [weight_view(block, site, prefix) for site in stack]
             weight = torch.cat([view.float() for view in views])
             result, method, reason = self._solve_stack(stack, weight, stats)
+            inputs = self._inputs(stack[0], stats, weight.device)
             first = 0
             for site, view in zip(stack, views, strict=True):
                 part = result.rows(first, first + site.out_features)
-                dense = part.dequantize(part.grid.scale.dtype).float()
+                dense = part.dequantize(self._stored_dtype(site)).float()
                 detail = _describe(site, self.plan.sites[site.name], method, reason, part, view.float(), dense, stats)
                 view.copy_(dense)
                 first += site.out_features
-                yield site, part, detail
+                yield site, QuantizedSite(weight=part, inputs=inputs), detail
 
     def _planned_alike(self, members: list[Site]) -> list[list[Site]]:
-        """Sites with the same scheme and method; a scale for a whole tensor is never shared between sites."""
+        """Sites with the same scheme and method; what one weight shares as a whole is not shared between sites.
+
+        NVFP4's global scale is shared on purpose: engines fuse these sites into one weight.
+        """
         alike: dict[Any, list[Site]] = {}
         for site in members:
             entry = self.plan.sites[site.name]
-            own = site.name if entry.granularity is not None and entry.granularity.kind == "tensor" else ""
-            alike.setdefault((entry.scheme, entry.group_size, entry.method, own), []).append(site)
+            granularity, scheme = entry.granularity, entry.scheme
+            assert scheme is not None
+            assert granularity is not None
+            cuts_a_tile = site.out_features % (granularity.block_rows or 1) != 0
+            alone = granularity.kind == "tensor" or cuts_a_tile or scheme.weights.scale == "nested"
+            alike.setdefault((scheme, entry.group_size, entry.method, site.name if alone else ""), []).append(site)
         return list(alike.values())
 
     def _solve_stack(self, stack: list[Site], weight: Tensor, stats: SiteStats) -> tuple[QTensor, str, str]:
         """Return the result [O, I], and the method and reason that were really at work."""
         entry = self.plan.sites[stack[0].name]
         assert entry.method is not None
+        assert entry.scheme is not None
         method, reason = entry.method, entry.reason
         if SOLVERS[method].needs_hessian and stats.num_tokens == 0:
             if stack[0].kind != "expert":
                 raise VerificationError(f"{stack[0].name}: no calibration token reached it, so {method} cannot work.")
             method, reason = "rtn", f"no calibration token reached this expert: rounded to nearest. {reason}".strip()
+        dtype = self._stored_dtype(stack[0])
+        outliers: SparseOutliers | None = None
+        if entry.scheme.weights.outliers:
+            weight, outliers = split_outliers(weight, entry.scheme.weights.outliers, importance=stats.mean_square)
 
-        def fit(current: Tensor, first: int, end: int) -> Grid:
-            return self._fit(entry, current, stats, first, end, self._scale_dtype(stack[0]))
+        def fit_columns(current: Tensor, first: int, end: int) -> AnyGrid:
+            return self._fit(entry, current, stats, first, end, dtype)
 
-        grid = fit(weight, 0, weight.shape[1])
+        grid = fit_columns(weight, 0, weight.shape[1])
         try:
-            return SOLVERS[method].solve(weight, grid, stats, self.recipe.gptq, fit), method, reason
+            result = SOLVERS[method].solve(weight, grid, stats, self.recipe.gptq, fit_columns)
         except SingularHessian as error:
             raise SingularHessian(f"{stack[0].name}: {error} It saw {stats.num_tokens} tokens.") from None
+        scale = _scale_format(entry.scheme.weights.scale, dtype)
+        if isinstance(result.grid, Grid) and scale.stored_afterwards:
+            result = QTensor(codes=result.codes, grid=store_scale(result.grid, scale))
+        return QTensor(codes=result.codes, grid=result.grid, outliers=outliers), method, reason
 
     def _fit(
-        self, entry: SitePlan, weight: Tensor, stats: SiteStats, first: int, end: int, scale_dtype: torch.dtype
-    ) -> Grid:
+        self, entry: SitePlan, weight: Tensor, stats: SiteStats, first: int, end: int, dtype: torch.dtype
+    ) -> AnyGrid:
         """Fit a grid to the columns first … end, whose current weights are `weight`."""
         assert entry.scheme is not None
         assert entry.granularity is not None
         importance = stats.mean_square
         range_method = self.recipe.range_method_for(has_statistics=importance is not None)
         weighted = importance is not None and range_method == "importance"
-        return fit_grid(
+        return fit(
             weight,
-            entry.scheme.weight_format,
+            entry.scheme.weights.format,
             entry.granularity,
             method="mse" if range_method == "importance" else range_method,
             importance=importance[first:end] if weighted and importance is not None else None,
-            scale_dtype=scale_dtype,
+            scale=_scale_format(entry.scheme.weights.scale, dtype),
         )
 
-    def _scale_dtype(self, site: Site) -> torch.dtype:
+    def _inputs(self, site: Site, stats: SiteStats, device: torch.device) -> InputQuantizer | None:
+        """What happens to the inputs of a site at inference."""
+        scheme = self.plan.sites[site.name].scheme
+        acts = None if scheme is None else scheme.activations
+        if acts is None:
+            return None
+        scale = input_scale(acts)
+        if acts.observer is None:
+            return InputQuantizer(format=acts.format, granularity=acts.granularity, scale=scale)
+        low, high = self._observed(site, acts, stats)
+        if not acts.is_static:
+            amax = torch.maximum(-low, high).max()
+            scale = FixedFp8Scale.for_largest(amax / acts.format.max_value)
+            return InputQuantizer(format=acts.format, granularity=acts.granularity, scale=scale)
+        static = static_grid(low, high, acts.format, acts.granularity, site.in_features)
+        return InputQuantizer(format=acts.format, granularity=acts.granularity, scale=scale, static=static.to(device))
+
+    def _observed(self, site: Site, acts: ActivationScheme, stats: SiteStats) -> tuple[Tensor, Tensor]:
+        if stats.num_tokens == 0:
+            raise VerificationError(
+                f"{site.name}: no calibration token reached it, so its inputs have no range. Use dynamic activations."
+            )
+        return stats.observers[acts].range(acts.format)
+
+    def _stored_dtype(self, site: Site) -> torch.dtype:
         return self.skeleton.checkpoint.stored[self.skeleton.sources[site.parameter][0]].dtype
+
+
+def _scale_format(name: str, dtype: torch.dtype) -> ScaleFormat:
+    return FloatScale(dtype) if name == MODEL_SCALE else SCALE_FORMATS[name]
 
 
 def _describe(
@@ -134,13 +190,14 @@ def _describe(
         output_sqnr = _finite(float(10 * torch.log10(signal / noise)))
     return SiteResult(
         site=site.name,
-        scheme=str(entry.scheme),
+        scheme=str(entry.effective),
         method=method,
         bits_per_weight=result.bits_per_weight,
         num_weights=weight.numel(),
         weight_sqnr_db=_finite(sqnr_db(weight, dense)),
         output_sqnr_db=output_sqnr,
         saturated=result.saturated_fraction,
+        ideal_bits_per_weight=ideal_bits_per_weight(result.codes, result.num_bits_total - result.num_code_bits),
         num_tokens=stat.num_tokens,
         reason=reason,
     )

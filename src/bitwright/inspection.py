@@ -17,7 +17,8 @@ from bitwright.model.structure import BlockStructure, ModelStructure, block_sign
 from bitwright.preflight import estimate
 from bitwright.preparation import model_sites
 from bitwright.progress import Progress
-from bitwright.recipe import Recipe, Scheme, resolve
+from bitwright.recipe import Recipe, resolve
+from bitwright.schemes import Scheme
 
 PROBE_WINDOWS, PROBE_TOKENS = 4, 32
 WEIGHED_SCHEMES = ("W8A16-channel", "W6A16-g128", "W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
@@ -124,7 +125,7 @@ def _weigh(model: StreamedModel, sites: tuple[Site, ...], name: str) -> SchemeWe
     except BitwrightError as error:
         return SchemeWeight(scheme=name, size_bytes=None, bits_per_weight=None, note=str(error))
     needed = estimate(model, sites, plan, 0, 0, 0)
-    odd = sum(entry.scheme is not None and entry.group_size not in (None, entry.scheme.granularity.group_size)
+    odd = sum(entry.scheme is not None and entry.group_size not in (None, entry.scheme.weights.granularity.group_size)
               for entry in plan.sites.values())  # fmt: skip
     note = f"{odd} sites use another group size" if odd else ""
     return SchemeWeight(

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.errors import VerificationError
 from bitwright.evaluation.score import Score
 from bitwright.evaluation.streamed import compare_heads
-from bitwright.exporters.compressed_tensors import reread_equals
+from bitwright.exporters.model_writer import reread_equals
 from bitwright.model.activations import Activations
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.tensor_file import save_tensors_atomic

@@ -100,7 +100,7 @@ def quantize(
 
 def _carry_out(job: Job, run: RunDirectory, begun: float, progress: Progress) -> int:
     """Do what is left of a run; return how many blocks were done before."""
-    walk = Walk(job.model, run, job.recipe, job.plan, job.calibration, job.gate, progress)
+    walk = Walk(job.model, run, job.recipe, job.plan, job.layouts, job.calibration, job.gate, progress)
     try:
         gate, reference = walk.execute()
         conclude(job, run, walk, gate, reference, time.perf_counter() - begun)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -54,10 +54,8 @@ def estimate(
             continue
         weights = site.out_features * site.in_features
         itemsize = stored[model.skeleton.sources[site.parameter][0]].dtype.itemsize
-        rows, groups = entry.granularity.scale_shape(site.out_features, site.in_features)
-        bits = entry.scheme.weight_format.bits
-        zero_bits = 0 if entry.scheme.weight_format.symmetric else bits
-        quantized_bits += weights * bits + rows * groups * (8 * itemsize + zero_bits)
+        scheme = replace(entry.scheme.weights, granularity=entry.granularity)
+        quantized_bits += scheme.num_bits(site.out_features, site.in_features, float_bits=8 * itemsize)
         quantized_weights += weights
         replaced_bytes += weights * itemsize
     hidden = int(getattr(model.skeleton.model.config.get_text_config(), "hidden_size", 0))

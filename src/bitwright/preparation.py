@@ -14,7 +14,7 @@ from bitwright.calibration.self_text import generate_windows
 from bitwright.data.corpora import load_corpus
 from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
 from bitwright.errors import CheckpointError, DataError, RecipeError
-from bitwright.exporters.compressed_tensors import check_plan
+from bitwright.exporters.layout_choice import choose_layouts
 from bitwright.methods.solvers import SOLVERS
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.sites import Site, block_sites
@@ -35,6 +35,7 @@ class Job:
     """A quantization that has passed every check that can be made before it starts.
 
     Attributes:
+        layouts: how each quantized site is stored.
         calibration: token windows [N, T]; N = 0 for a data-free run.
         gate: token windows [K, T] that no method sees, for the loss of the whole model.
         fingerprint: of all that determines the result; a run directory belongs to one.
@@ -44,6 +45,7 @@ class Job:
     recipe: Recipe
     sites: tuple[Site, ...]
     plan: Plan
+    layouts: dict[str, str]
     calibration: Tensor
     gate: Tensor
     needed: Estimate
@@ -136,7 +138,7 @@ def prepare(
     plan = resolve(recipe, sites)
     if not plan.quantized:
         raise RecipeError("the recipe leaves every site in 16 bit. Remove an ignore pattern or rule.")
-    check_plan(sites, plan.sites)
+    layouts = choose_layouts(sites, plan.sites, recipe.layout)
     for parameter in dict.fromkeys(site.parameter for site in sites if plan.sites[site.name].scheme is not None):
         model.skeleton.stored_pieces(parameter)  # raises where the checkpoint's layout has no place for its codes
     _check_calibration(recipe, plan)
@@ -153,8 +155,8 @@ def prepare(
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     run.check(fingerprint, fresh=fresh)
     return Job(
-        model=model, recipe=recipe, sites=sites, plan=plan, calibration=calibration, gate=gate, needed=needed,
-        model_hash=model_hash, data_hash=data_hash, fingerprint=fingerprint,
+        model=model, recipe=recipe, sites=sites, plan=plan, layouts=layouts, calibration=calibration, gate=gate,
+        needed=needed, model_hash=model_hash, data_hash=data_hash, fingerprint=fingerprint,
     )  # fmt: skip
 
 
@@ -165,6 +167,14 @@ def _check_calibration(recipe: Recipe, plan: Plan) -> None:
         raise RecipeError(
             f"method {needing[0]} needs calibration text. Give --calibration FILE, hub:NAME or self, or --method rtn."
         )
+    if recipe.calibration.text is None:
+        for name, entry in plan.sites.items():
+            acts = None if entry.scheme is None else entry.scheme.activations
+            if acts is not None and acts.observer is not None:
+                raise RecipeError(
+                    f"{name}: scheme {entry.scheme} calibrates its activations, which needs text. Give --calibration "
+                    "FILE, hub:NAME or self, or a scheme with dynamic or 16-bit activations (-dynamic, -a16)."
+                )
 
 
 def _texts(

@@ -1,4 +1,4 @@
-"""What to do to a model, as data: Scheme (format and granularity), Rule, Recipe (a user's wishes), Plan (resolved).
+"""What to do to a model, as data: Rule, Recipe (a user's wishes), Plan (resolved); schemes have a file of their own.
 
 A recipe is written by people, so its loader refuses what it does not understand. A plan is made by `resolve` from a
 recipe and the sites of one model; it says for every site what happens and why, and the rest of bitwright obeys it.
@@ -16,78 +16,26 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import yaml
 
-from bitwright.errors import RecipeError, ShapeError, UnknownName, did_you_mean
+from bitwright.errors import RecipeError, ShapeError
 from bitwright.numerics.granularity import Granularity
-from bitwright.numerics.integer import MAX_BITS, MIN_BITS, IntegerFormat
+from bitwright.numerics.integer import IntegerFormat
+from bitwright.schemes import MODEL_SCALE, Scheme
 from bitwright.strict_yaml import build, read_yaml_mapping, to_plain
 
-DEFAULT_GROUP_SIZE = 128
 STANDARD_GROUP_SIZES = (16, 32, 64, 128, 256)
-COMMON_SCHEMES = (
-    "W8A16-channel", "W8A16-g128", "W4A16-g128", "W4A16-g64", "W4A16-g32", "W4A16-g128-asym", "W4A16-channel",
-    "W3A16-g128", "W3A16-g64", "W2A16-g64", "W2A16-g32", "W4A16-tensor",
-)  # fmt: skip
 QUANTIZABLE_KINDS = ("linear", "expert")
 HEAD_NAME = "lm_head"
-_SCHEME = re.compile(r"W(\d+)A(\d+)(?:-(?:g([1-9]\d*)|(channel|tensor)))?(?:-(sym|asym))?")
 
 RangeMethod = Literal["auto", "minmax", "percentile", "mse", "importance"]
 Ragged = Literal["auto", "refuse", "divisor"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scheme:
-    """The numbers weights become and how many of them share a scale; activations stay in 16 bit."""
-
-    weight_format: IntegerFormat
-    granularity: Granularity
-
-    def __post_init__(self) -> None:
-        # A scheme is written as its name, and the name has no word for the restricted range.
-        _check(self.weight_format.full_range, "scheme: weight_format.full_range", False, "true")
-
-    @staticmethod
-    def parse(name: str) -> "Scheme":
-        """Read `W<bits>A16[-g<size>|-channel|-tensor][-sym|-asym]`; g128 under 8 bits, channel at 8, sym by default.
-
-        Raises:
-            UnknownName: the text does not read as a scheme.
-            RecipeError: it does, and asks for bits or activations that are not available.
-        """
-        match = _SCHEME.fullmatch(name)
-        if match is None:
-            hint = did_you_mean(name, COMMON_SCHEMES)
-            grammar = "Schemes read W<bits>A16[-g<size>|-channel|-tensor][-sym|-asym]."
-            raise UnknownName(f"unknown scheme '{name}'. {grammar}{hint}")
-        bits, activation_bits, group_size, kind, symmetry = match.groups()
-        if not MIN_BITS <= int(bits) <= MAX_BITS:
-            raise RecipeError(f"scheme '{name}': {bits} weight bits are out of range. Use {MIN_BITS} to {MAX_BITS}.")
-        if int(activation_bits) != 16:
-            raise RecipeError(f"scheme '{name}': activation quantization is not available yet; use A16.")
-        granularity = _granularity(int(bits), int(group_size) if group_size else None, kind)
-        return Scheme(
-            weight_format=IntegerFormat(bits=int(bits), symmetric=symmetry != "asym"), granularity=granularity
-        )
-
-    def __str__(self) -> str:
-        size = self.granularity.group_size
-        granularity = f"g{size}" if self.granularity.kind == "group" else self.granularity.kind
-        return f"W{self.weight_format.bits}A16-{granularity}{'' if self.weight_format.symmetric else '-asym'}"
-
-
-def _granularity(bits: int, group_size: int | None, kind: str | None) -> Granularity:
-    if kind is None and group_size is None and bits < 8:
-        group_size = DEFAULT_GROUP_SIZE
-    if group_size is not None:
-        return Granularity(kind="group", group_size=group_size)
-    return Granularity(kind="tensor" if kind == "tensor" else "channel")
+Layout = Literal["auto", "compressed-tensors", "bitwright"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +85,9 @@ class Recipe:
     `range_method` "auto" is importance-weighted MSE where a site's method collects statistics, plain MSE where not.
     `ragged` says what happens when a group size does not divide a row: "refuse"; "divisor" uses the divisor of the row
     nearest (in ratio) to the asked size; "auto" refuses when some standard size divides the row (the size was a poor
-    choice) and uses the nearest divisor when none does (the row is odd). `max_kl` is the mean KL divergence in nats per
-    token above which the result counts as collapsed.
+    choice) and uses the nearest divisor when none does (the row is odd). `layout` "auto" writes compressed-tensors
+    where it holds every site and bitwright's own layout otherwise. `max_kl` is the mean KL divergence in nats per token
+    above which the result counts as collapsed.
     """
 
     scheme: Scheme = field(default_factory=lambda: Scheme.parse("W4A16-g128"))
@@ -147,6 +96,7 @@ class Recipe:
     ignore: tuple[str, ...] = (HEAD_NAME,)
     range_method: RangeMethod = "auto"
     ragged: Ragged = "auto"
+    layout: Layout = "auto"
     gptq: GptqOptions = field(default_factory=GptqOptions)
     calibration: Calibration = field(default_factory=Calibration)
     max_kl: float = 1.0
@@ -231,9 +181,17 @@ class SitePlan:
     @property
     def granularity(self) -> Granularity | None:
         """The scheme's granularity with the resolved group size; None for a kept site."""
-        if self.scheme is None or self.group_size is None:
-            return None if self.scheme is None else self.scheme.granularity
-        return Granularity(kind="group", group_size=self.group_size)
+        if self.scheme is None:
+            return None
+        granularity = self.scheme.weights.granularity
+        return replace(granularity, group_size=self.group_size) if granularity.kind == "group" else granularity
+
+    @property
+    def effective(self) -> Scheme | None:
+        """The scheme with the resolved group size."""
+        if self.scheme is None or self.granularity is None:
+            return None
+        return self.scheme.with_granularity(self.granularity)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -320,7 +278,7 @@ def _plan_site(recipe: Recipe, site: Site) -> SitePlan:
             scheme, method, reason = rule.scheme, rule.method or recipe.method, f"rule '{rule.pattern}'"
             break
     group_size = _group_size(scheme, site, recipe.ragged)
-    asked = scheme.granularity.group_size
+    asked = scheme.weights.granularity.group_size
     if group_size != asked:
         reason += f"; group_size {group_size} in place of {asked}, which does not divide in_features {site.in_features}"
     return SitePlan(scheme=scheme, group_size=group_size, method=method, reason=reason)
@@ -331,13 +289,16 @@ def _kept(reason: str) -> SitePlan:
 
 
 def _group_size(scheme: Scheme, site: Site, ragged: Ragged) -> int | None:
-    asked, row = scheme.granularity.group_size, site.in_features
-    if scheme.granularity.kind != "group" or asked is None or row % asked == 0:
+    """The group size to use: only integers must divide the row, since other formats may have a shorter last group."""
+    granularity, row = scheme.weights.granularity, site.in_features
+    asked = granularity.group_size
+    is_integer = isinstance(scheme.weights.format, IntegerFormat) and scheme.weights.scale == MODEL_SCALE
+    if granularity.kind != "group" or asked is None or row % asked == 0 or not is_integer:
         return asked
     standard = [size for size in STANDARD_GROUP_SIZES if row % size == 0]
     usable = sorted(sorted(standard, key=lambda size: (abs(size - asked), size))[:3])
     if asked > row:
-        per_row = Scheme(weight_format=scheme.weight_format, granularity=Granularity(kind="channel"))
+        per_row = scheme.with_granularity(Granularity(kind="channel"))
         problem, remedy = f"smaller than group_size {asked}", f"scheme {per_row}"
     elif ragged == "divisor" or (ragged == "auto" and not standard):
         return _nearest_divisor(row, asked)

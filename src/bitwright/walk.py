@@ -9,7 +9,7 @@ stopped and ends bit-identical.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bitwright.calibration.collect import SiteStats, collect
 from bitwright.errors import VerificationError
 from bitwright.evaluation.streamed import batch_slices, enter_all
-from bitwright.exporters.compressed_tensors import ModelWriter, reread_equals
+from bitwright.exporters.model_writer import ModelWriter, reread_equals
 from bitwright.group_solver import GroupSolver, SiteResult
 from bitwright.methods.solvers import SOLVERS
 from bitwright.model.activations import Activations
@@ -29,11 +29,12 @@ from bitwright.model.sites import Site, block_sites
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import collection_passes
 from bitwright.model.tensor_file import save_tensors_atomic
-from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.inputs import QuantizedSite
 from bitwright.progress import Progress
 from bitwright.recipe import Plan, Recipe
 from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
+from bitwright.schemes import ActivationScheme
 
 STATISTICS_BYTES = 1_000_000_000
 """Memory that the Hessians collected in one pass over a block may take; more sites than fit take more passes."""
@@ -48,6 +49,7 @@ class Walk:
         run: RunDirectory,
         recipe: Recipe,
         plan: Plan,
+        layouts: Mapping[str, str],
         calibration: Tensor,
         gate: Tensor,
         progress: Progress,
@@ -59,7 +61,7 @@ class Walk:
             del self.texts["calibration"]
         self.resumed_blocks = int(run.journal().get("completed_blocks", 0))
         self.solver = GroupSolver(model.skeleton, recipe, plan)
-        self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1)
+        self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1, layouts)
 
     def execute(self) -> tuple[Activations, Activations]:
         """Quantize every block not yet done; return the gate's and the reference's last hidden states."""
@@ -104,7 +106,7 @@ class Walk:
             first = next(self._batches(block, index, streams["gate"]))
             structure = propose(block, name, lambda: cast(Tensor, first()))
             self._propagate(block, index, streams["reference"], following["reference"])
-            results: dict[Site, QTensor] = {}
+            results: dict[Site, QuantizedSite] = {}
             details: list[SiteResult] = []
             moments: dict[str, Tensor] = {}
             for groups in self._passes(collection_passes(structure), sites):
@@ -114,6 +116,7 @@ class Walk:
                     members = [site for site in sites if site.name in group]
                     for site, result, detail in self.solver.solve(block, name, members, stats[group[0]]):
                         results[site] = result
+                        self.model.run_on_codes(block, site, name, result)
                         details.append(detail)
                     mean_square = stats[group[0]].mean_square
                     if mean_square is not None:
@@ -175,7 +178,16 @@ class Walk:
             return {name: SiteStats() for group in groups for name in group}
         methods = {self.plan.sites[name].method for group in groups for name in group}
         with_gram = any(SOLVERS[method].needs_hessian for method in methods if method is not None)
-        return collect(block, sites, groups, run_batches, with_gram=with_gram)
+        return collect(block, sites, groups, run_batches, with_gram=with_gram, calibrated=self._calibrated(groups))
+
+    def _calibrated(self, groups: list[tuple[str, ...]]) -> dict[str, ActivationScheme]:
+        """Sites whose inputs are quantized with scales from calibration."""
+        schemes = {name: self.plan.sites[name].scheme for group in groups for name in group}
+        return {
+            name: scheme.activations
+            for name, scheme in schemes.items()
+            if scheme is not None and scheme.activations is not None and scheme.activations.observer is not None
+        }
 
     def _check_shard(self, index: int, written: dict[str, Tensor]) -> None:
         shard = self.writer.shard_path(index)

@@ -13,6 +13,7 @@ from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import fit_grid
+from bitwright.numerics.scales import FloatScale
 from bitwright.recipe import GptqOptions
 
 NUM_ROWS, NUM_COLUMNS, NUM_TOKENS = 9, 29, 120
@@ -131,7 +132,7 @@ def test_one_row_and_one_column(method: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stored_scales_are_the_ones_that_codes_were_chosen_on(method: str, dtype: torch.dtype) -> None:
     weight, stats = weight_of(), stats_of(correlated())
-    grid = fit_grid(weight, FORMATS["uint4"], GRANULARITIES[2], scale_dtype=dtype)
+    grid = fit_grid(weight, FORMATS["uint4"], GRANULARITIES[2], scale=FloatScale(dtype))
     result = solve(method, weight, grid, stats, OPTIONS[0])
     assert result.grid.scale.dtype == dtype
     same = replace(grid, scale=grid.scale.float())

@@ -19,6 +19,7 @@ from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import fit_grid
+from bitwright.numerics.scales import FloatScale
 
 WEIGHT = "layers.0.linear.weight"
 
@@ -95,7 +96,7 @@ def packed_model(folder: Path, dtype: torch.dtype, symmetric: bool) -> tuple[Pat
         weight,
         IntegerFormat(bits=3, symmetric=symmetric),
         Granularity(kind="group", group_size=16),
-        scale_dtype=dtype,
+        scale=FloatScale(dtype),
     )
     result = QTensor(codes=grid.quantize(weight), grid=grid)
     beside = {name: tensor for name, tensor in tensors_of().items() if name != WEIGHT}

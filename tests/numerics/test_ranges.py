@@ -10,7 +10,8 @@ from bitwright.numerics.formats import FORMATS
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.integer import IntegerFormat
-from bitwright.numerics.ranges import MIN_SCALE, RANGE_METHODS, SHRINK_FACTORS, fit_grid, percentile
+from bitwright.numerics.ranges import RANGE_METHODS, SHRINK_FACTORS, fit_grid, percentile
+from bitwright.numerics.scales import MIN_SCALE, FloatScale
 
 FAMILIES = [{"symmetric": True}, {"symmetric": True, "full_range": False}, {"symmetric": False}]
 INTEGERS = [IntegerFormat(bits=bits, **family) for bits in (2, 3, 4, 8) for family in FAMILIES]
@@ -56,7 +57,7 @@ def test_search_is_never_worse_than_minmax(
 ) -> None:
     weight, importance = heavy(5, 100), importance_of(100)
     grids = {
-        name: fit_grid(weight, format, granularity, method=method, importance=given, scale_dtype=scale_dtype)
+        name: fit_grid(weight, format, granularity, method=method, importance=given, scale=FloatScale(scale_dtype))
         for name, method, given in [("minmax", "minmax", None), ("mse", "mse", None), ("weighted", "mse", importance)]
     }
     assert_no_worse(loss(weight, grids["mse"]), loss(weight, grids["minmax"]))
@@ -201,7 +202,7 @@ def test_scales_are_representable_and_errors_bounded(
     format: IntegerFormat, scale_dtype: torch.dtype, method: str
 ) -> None:
     weight = heavy(6, 48)
-    grid = fit_grid(weight, format, CHANNEL, method=method, scale_dtype=scale_dtype)
+    grid = fit_grid(weight, format, CHANNEL, method=method, scale=FloatScale(scale_dtype))
     assert grid.scale.dtype == scale_dtype
     if method == "minmax":
         # The rounding of the scale moves the end of the range by at most 2^bits steps times half an ulp.
@@ -217,7 +218,9 @@ def test_zero_and_constant_weights(format: IntegerFormat, granularity: Granulari
     for method, scale_dtype in itertools.product(RANGE_METHODS, MIN_SCALE):
         for constant in (0.0, 0.37, -0.37):
             weight = torch.full(shape, constant)
-            values = fit_grid(weight, format, granularity, method=method, scale_dtype=scale_dtype).fake_quantize(weight)
+            values = fit_grid(weight, format, granularity, method=method, scale=FloatScale(scale_dtype)).fake_quantize(
+                weight
+            )
             # An end of the range is the constant itself, up to the rounding of the scale; zero is exact.
             torch.testing.assert_close(values, weight, rtol=torch.finfo(scale_dtype).eps, atol=0)
 
@@ -227,7 +230,7 @@ def test_zero_and_constant_weights(format: IntegerFormat, granularity: Granulari
 def test_tiny_weights_never_divide_by_zero(format: IntegerFormat, scale_dtype: torch.dtype) -> None:
     for magnitude in (1e-45, 1e-40, 1e-37, 1e-9, 1e-6):
         weight = torch.tensor([[magnitude, -magnitude, 0.0, magnitude / 2]])
-        grid = fit_grid(weight, format, CHANNEL, method="mse", scale_dtype=scale_dtype)
+        grid = fit_grid(weight, format, CHANNEL, method="mse", scale=FloatScale(scale_dtype))
         error = (grid.fake_quantize(weight) - weight).abs()
         assert (grid.scale.float().abs() >= MIN_SCALE[scale_dtype]).all()
         assert (error <= max(abs(weight).max().item(), grid.scale.float().abs().item() / 2)).all()
@@ -255,8 +258,8 @@ def test_any_finite_weight_is_rounded_no_further_than_its_group_is_large(
 def test_float16_scales_that_overflow_are_refused() -> None:
     weight = torch.tensor([[1.0, 1e7]])
     with pytest.raises(RecipeError, match="a scale exceeds 65504"):
-        fit_grid(weight, FORMATS["int4"], CHANNEL, method="mse", scale_dtype=torch.float16)
-    assert fit_grid(weight, FORMATS["int4"], CHANNEL, scale_dtype=torch.bfloat16).scale.isfinite().all()
+        fit_grid(weight, FORMATS["int4"], CHANNEL, method="mse", scale=FloatScale(torch.float16))
+    assert fit_grid(weight, FORMATS["int4"], CHANNEL, scale=FloatScale(torch.bfloat16)).scale.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["int2", "int4", "uint4", "int8", "uint8"])
@@ -286,7 +289,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ShapeError, match="must be \\[O, I\\] and not empty"):
         fit_grid(torch.ones(0, 4), format, CHANNEL)
     with pytest.raises(RecipeError, match="float32, float16 or bfloat16"):
-        fit_grid(weight, format, CHANNEL, scale_dtype=torch.float64)
+        fit_grid(weight, format, CHANNEL, scale=FloatScale(torch.float64))
     with pytest.raises(UnknownName, match="Did you mean 'minmax'"):
         fit_grid(weight, format, CHANNEL, method="min-max")
     with pytest.raises(ShapeError, match=r"importance \[3\] must be \[4\]"):

@@ -3,14 +3,17 @@
 Shapes: T tokens, I in features.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from bitwright.calibration.observers import OBSERVERS, Observer
 from bitwright.model.sites import Site, SiteCalls
+from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.linalg import accumulate_gram
+from bitwright.schemes import ActivationScheme
 
 
 @dataclass(slots=True)
@@ -21,6 +24,7 @@ class SiteStats:
         num_tokens: T, the tokens that reached the sites.
         gram: Σ x xᵀ, [I, I] float64 where the device has it; None unless a method needs Hessians.
         square_sum: Σ x², [I] float64.
+        observers: the ranges of the inputs, for each way in which they will be quantized with calibrated scales.
         is_routed: a router decides which tokens arrive (experts), so that there may be few or none.
     """
 
@@ -28,6 +32,7 @@ class SiteStats:
     num_tokens: int = 0
     gram: Tensor | None = None
     square_sum: Tensor | None = None
+    observers: dict[ActivationScheme, Observer] = field(default_factory=dict[ActivationScheme, Observer])
 
     @property
     def mean_square(self) -> Tensor | None:
@@ -62,6 +67,8 @@ class SiteStats:
             self.square_sum = torch.zeros(width, dtype=exact, device=rows.device)
             self.gram = torch.zeros(width, width, dtype=exact, device=rows.device) if with_gram else None
         self.num_tokens += rows.shape[0]
+        for observer in self.observers.values():
+            observer.observe(rows)
         if self.gram is not None:
             accumulate_gram(self.gram, rows)
             self.square_sum.copy_(self.gram.diagonal())
@@ -80,6 +87,7 @@ def collect(
     run_batches: Callable[[], Iterable[Callable[[], object]]],
     *,
     with_gram: bool,
+    calibrated: Mapping[str, ActivationScheme] | None = None,
 ) -> dict[str, SiteStats]:
     """Run a block over the calibration set and return statistics per site; sites of one group share one object.
 
@@ -89,12 +97,16 @@ def collect(
         groups: names of the wanted sites; those of one group read the same input.
         run_batches: yields one callable per batch, each of which runs the block once.
         with_gram: also accumulate Σ x xᵀ.
+        calibrated: sites whose inputs get calibrated scales, and which.
     """
     stats: dict[str, SiteStats] = {}
     leaders: set[str] = set()
-    kinds = {site.name: site.kind for site in sites}
+    known = {site.name: site for site in sites}
     for group in groups:
-        shared = SiteStats(is_routed=kinds[group[0]] == "expert")
+        first = known[group[0]]
+        wanted = {calibrated[name] for name in group if calibrated and name in calibrated}
+        observers = {scheme: _observer(scheme, first.in_features) for scheme in wanted}
+        shared = SiteStats(is_routed=first.kind == "expert", observers=observers)
         leaders.add(group[0])
         stats.update(dict.fromkeys(group, shared))
     waiting: set[str] = set()
@@ -114,3 +126,10 @@ def collect(
             except _AllSeen:
                 continue
     return stats
+
+
+def _observer(scheme: ActivationScheme, in_features: int) -> Observer:
+    assert scheme.observer is not None
+    # The level above dynamic FP8 scales is one number, however many groups have scales below it.
+    granularity = scheme.granularity if scheme.is_static else Granularity(kind="tensor")
+    return OBSERVERS[scheme.observer](num_channels=in_features, granularity=granularity)

@@ -19,17 +19,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitwright.numerics.grid import Grid
+from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.linalg import damped_inverse_cholesky, dead_columns
 from bitwright.numerics.qtensor import QTensor
 
-Refit = Callable[[Tensor, int, int], Grid]
+Refit = Callable[[Tensor, int, int], AnyGrid]
 
 
 def gptq(
     weight: Tensor,
     hessian: Tensor,
-    grid: Grid,
+    grid: AnyGrid,
     *,
     damp: float = 0.01,
     block: int = 128,
@@ -43,12 +43,12 @@ def gptq(
     Args:
         weight: [O, I] float32 or float64; not modified.
         hessian: [I, I], (2/T) X^T X over T tokens; symmetric PSD; activation units squared.
-        grid: scales and zero points; fixed unless `refit` is given.
+        grid: the levels of every weight; fixed unless `refit` is given.
         damp: fraction of mean(diag H) added to the diagonal; > 0; raised in steps while no factor exists.
         block: columns per lazy update. Changes speed, never the result.
         act_order: visit columns by descending diag H.
         refit: (current weights of the group [O, g], first column, end column) -> grid of that group; only without
-            act_order.
+            act_order, and only for a `Grid` of float scales.
     Raises:
         SingularHessian: no Cholesky factor even with the largest damping.
     Reference:
@@ -86,35 +86,37 @@ def gptq(
 class _Sweep:
     """The codes chosen so far and the grid they refer to."""
 
-    def __init__(self, grid: Grid, num_rows: int, refit: Refit | None) -> None:
-        self.grid = grid if refit is None else _own_copy(grid)
-        self.refit = refit
+    def __init__(self, grid: AnyGrid, num_rows: int, refit: Refit | None) -> None:
+        self.grid, self.refit = grid, refit
+        self.own = _own_copy(grid) if refit is not None and isinstance(grid, Grid) else None
         self.group_size = grid.granularity.columns_per_group(grid.in_features)
-        self.codes = torch.empty(grid.in_features, num_rows, dtype=grid.format.code_dtype, device=grid.scale.device)
+        self.codes = torch.empty(grid.in_features, num_rows, dtype=grid.format.code_dtype, device=grid.device)
 
     def starts_group(self, column: int) -> bool:
-        return self.refit is not None and column % self.group_size == 0
+        return self.own is not None and column % self.group_size == 0
 
     def refit_group(self, first: int, work: Tensor, errors: Tensor, factor: Tensor, block_end: int) -> None:
         """Fit the group's grid to its weights with every update applied, also those pending beyond the block's end."""
         assert self.refit is not None
+        assert self.own is not None
         end = min(first + self.group_size, self.grid.in_features)
         current = work[first:end].clone()
         if end > block_end:
             current[block_end - first :] -= factor[:, block_end:end].T @ errors
         fitted = self.refit(current.T, first, end)
+        assert isinstance(fitted, Grid)
         group = first // self.group_size
-        self.grid.scale[:, group] = fitted.scale[:, 0]
-        if self.grid.zero_point is not None and fitted.zero_point is not None:
-            self.grid.zero_point[:, group] = fitted.zero_point[:, 0]
+        self.own.scale[:, group] = fitted.scale[:, 0]
+        if self.own.zero_point is not None and fitted.zero_point is not None:
+            self.own.zero_point[:, group] = fitted.zero_point[:, 0]
 
     def round(self, values: Tensor, column: int) -> Tensor:
-        codes, rounded = self.grid.round_column(values, column)
+        codes, rounded = (self.own or self.grid).round_column(values, column)
         self.codes[column] = codes
         return rounded
 
     def result(self) -> QTensor:
-        return QTensor(codes=self.codes.T.contiguous(), grid=self.grid)
+        return QTensor(codes=self.codes.T.contiguous(), grid=self.own or self.grid)
 
 
 def _stand_in(live: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from bitwright.calibration.collect import SiteStats
 from bitwright.methods.gptq import Refit, gptq
 from bitwright.methods.rtn import rtn
-from bitwright.numerics.grid import Grid
+from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.qtensor import QTensor
 from bitwright.recipe import GptqOptions
 from bitwright.registry import Registry
@@ -24,18 +24,19 @@ class Solver:
         needs_hessian: the statistics must include Σ x xᵀ, so a calibration text is required.
     """
 
-    solve: Callable[[Tensor, Grid, SiteStats, GptqOptions, Refit], QTensor]
+    solve: Callable[[Tensor, AnyGrid, SiteStats, GptqOptions, Refit], QTensor]
     needs_hessian: bool
 
 
-def _rtn(weight: Tensor, grid: Grid, _stats: SiteStats, _options: GptqOptions, _refit: Refit) -> QTensor:
+def _rtn(weight: Tensor, grid: AnyGrid, _stats: SiteStats, _options: GptqOptions, _refit: Refit) -> QTensor:
     return rtn(weight, grid)
 
 
-def _gptq(weight: Tensor, grid: Grid, stats: SiteStats, options: GptqOptions, refit: Refit) -> QTensor:
+def _gptq(weight: Tensor, grid: AnyGrid, stats: SiteStats, options: GptqOptions, refit: Refit) -> QTensor:
     hessian = stats.hessian
     assert hessian is not None
-    refits = grid.granularity.kind == "group" and not options.act_order
+    has_float_scales = isinstance(grid, Grid) and grid.stored is None
+    refits = has_float_scales and grid.granularity.kind == "group" and not options.act_order
     return gptq(
         weight,
         hessian,

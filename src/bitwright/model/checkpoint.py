@@ -1,11 +1,12 @@
 """A Hugging Face model directory, read lazily: headers at once, tensors when asked for, never a pickle.
 
-A checkpoint whose weights are already packed in compressed-tensors' `pack-quantized` layout reads as the dense model
-it stands for, so that evaluation, verification and the report use one code path for originals and results.
+A checkpoint whose weights are already quantized, in bitwright's own layout or one of compressed-tensors', reads as the
+dense model it stands for, so that evaluation, verification and the report use one code path for originals and results.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitwright.errors import CheckpointError
-from bitwright.model import packed
+from bitwright.model.layouts.stored import StoredQuantization, from_config, module_of
+from bitwright.numerics.inputs import QuantizedSite
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -24,7 +26,9 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,16 +57,20 @@ class Checkpoint:
         self.config = config
         self.stored = _scan_headers(path)
         quantization = config.get("quantization_config")
-        self._packing = packed.Packing.from_config(quantization, path) if quantization else None
-        packed_weights = self._packing.weights(self.stored) if self._packing else {}
-        components = {part for parts in packed_weights.values() for part in parts}
-        self._packed_weights = packed_weights
-        self.names: list[str] = sorted([name for name in self.stored if name not in components] + list(packed_weights))
+        self._quantization: StoredQuantization | None = from_config(quantization, path) if quantization else None
+        self._parts = self._quantization.weights(self.stored) if self._quantization else {}
+        components = {part for parts in self._parts.values() for part in parts}
+        self.names: list[str] = sorted([name for name in self.stored if name not in components] + list(self._parts))
 
     @property
     def is_packed(self) -> bool:
-        """Whether the model is quantized (compressed-tensors pack-quantized)."""
-        return self._packing is not None
+        """Whether the model is quantized."""
+        return self._quantization is not None
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether the inputs of some sites are quantized."""
+        return self._quantization is not None and self._quantization.quantizes_inputs
 
     @property
     def num_bytes(self) -> int:
@@ -71,28 +79,48 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the dense tensor `name`."""
-        if name in self._packed_weights:
-            return tuple(self.read_stored([f"{name}_shape"])[f"{name}_shape"].tolist())
-        return self.stored[name].shape
+        if self._quantization is None or name not in self._parts:
+            return self.stored[name].shape
+        shapes = {_leaf(part): self.stored[part].shape for part in self._parts[name]}
+        says_shape = [part for part in self._parts[name] if part.endswith("weight_shape")]
+        small = {_leaf(part): tensor for part, tensor in self.read_stored(says_shape).items()}
+        return self._quantization.shape(name, shapes, small)
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """The dtype that quantized weights are dequantized to: the model's."""
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        found = next((dtype for dtype in _FLOATS if str(dtype) == f"torch.{named}"), None)
+        if found is not None:
+            return found
+        counts = Counter(info.dtype for info in self.stored.values() if info.dtype in _FLOATS)
+        return counts.most_common(1)[0][0] if counts else torch.float32
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read dense tensors into fresh memory; packed weights are dequantized to their scale's dtype."""
+        """Read dense tensors into fresh memory; quantized weights are dequantized to the model's dtype."""
         wanted = list(names)
-        plain = [name for name in wanted if name not in self._packed_weights]
+        plain = [name for name in wanted if name not in self._parts]
         tensors = self.read_stored(plain)
         for name in wanted:
-            if name in self._packed_weights:
-                tensors[name] = self.read_packed(name).dequantize(self.stored[f"{name}_scale"].dtype)
+            if name in self._parts:
+                tensors[name] = self.read_packed(name).weight.dequantize(self._dtype_of(name))
         return tensors
 
-    def read_packed(self, name: str) -> "packed.QTensor":
-        """Read the packed weight stored for the dense tensor `name`."""
-        assert self._packing is not None
-        return self._packing.decode(name, self.read_stored(self._packed_weights[name]))
+    def read_packed(self, name: str) -> QuantizedSite:
+        """Read the quantized site stored for the dense tensor `name`."""
+        assert self._quantization is not None
+        stored = {_leaf(part): tensor for part, tensor in self.read_stored(self._parts[name]).items()}
+        return self._quantization.decode(name, stored)
 
     def packed_names(self) -> list[str]:
-        """Dense names of the packed weights."""
-        return sorted(self._packed_weights)
+        """Dense names of the quantized weights."""
+        return sorted(self._parts)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """Engines dequantize to the dtype of the scales where these are plain floats."""
+        scale = self.stored.get(f"{module_of(name)}.weight_scale")
+        is_float = scale is not None and scale.dtype in _FLOATS and f"{module_of(name)}.weight_codes" not in self.stored
+        return scale.dtype if scale is not None and is_float else self.dense_dtype
 
     def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors as they are stored. Copies, so that no file stays mapped into memory."""
@@ -114,8 +142,8 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.stored):
             tensor = self.read_stored([name])[name]
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                bad = int((~torch.isfinite(tensor)).sum())
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                bad = int((~torch.isfinite(tensor.float())).sum())
                 raise CheckpointError(
                     f"{self.stored[name].file}: {name} holds {bad} values that are NaN or Inf. "
                     "The checkpoint is damaged; obtain it again."
@@ -124,6 +152,10 @@ class Checkpoint:
             digest.update(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
             progress(self.stored[name].num_bytes)
         return digest.hexdigest()
+
+
+def _leaf(stored_name: str) -> str:
+    return stored_name.rpartition(".")[2]
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:

@@ -6,8 +6,8 @@ gives the logits. Nothing here knows an architecture: whatever a model does befo
 model's own code.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from bitwright.errors import StructureError
 from bitwright.model.checkpoint import Checkpoint
 from bitwright.model.freed import return_freed_memory
-from bitwright.model.sites import find_blocks
+from bitwright.model.products import QuantizedProducts
+from bitwright.model.sites import Site, StorageKey, block_sites, find_blocks, storage_key, weight_view
 from bitwright.model.skeleton import Skeleton
+from bitwright.numerics.inputs import QuantizedSite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +85,7 @@ class StreamedModel:
         self.device, self.dtype = torch.device(device), dtype
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._returns_tuple: bool | None = None
+        self._products: dict[StorageKey, QuantizedSite] = {}
 
     @property
     def num_blocks(self) -> int:
@@ -104,11 +107,29 @@ class StreamedModel:
         """Hold decoder block `index` in memory."""
         name = self.block_names[index]
         self.skeleton.load(name)
+        block = self.skeleton.model.get_submodule(name)
         try:
-            yield self.skeleton.model.get_submodule(name)
+            if self.skeleton.checkpoint.quantizes_inputs:
+                for site, quantized in self._stored_sites(block, name):
+                    self.run_on_codes(block, site, name, quantized)
+            yield block
         finally:
+            self._products.clear()
             self.skeleton.free(name)
             return_freed_memory()
+
+    def run_on_codes(self, block: nn.Module, site: Site, prefix: str, quantized: QuantizedSite) -> None:
+        """From now until the block is freed, compute the products of a site on codes if its inputs are quantized."""
+        if quantized.inputs is not None:
+            self._products[storage_key(weight_view(block, site, prefix))] = quantized.to(self.device)
+
+    def _stored_sites(self, block: nn.Module, prefix: str) -> Iterator[tuple[Site, QuantizedSite]]:
+        """The sites of a block as a quantized checkpoint holds them."""
+        quantized = set(self.skeleton.checkpoint.packed_names())
+        for site in block_sites(block, prefix):
+            pieces = [name for name, index, _, _ in self.skeleton.stored_pieces(site.parameter) if index == site.index]
+            if len(pieces) == 1 and pieces[0] in quantized:
+                yield site, self.skeleton.checkpoint.read_packed(pieces[0])
 
     def enter(self, input_ids: Tensor) -> Tensor:
         """Return the hidden state [B, T, D] that enters the first block; needs `outside()`.
@@ -133,7 +154,7 @@ class StreamedModel:
     def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Return the output [B, T, D] of block `index` for the hidden state [B, T, D]."""
         call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
-        with torch.no_grad():
+        with torch.no_grad(), QuantizedProducts(self._products) if self._products else nullcontext():
             out = block(hidden, *call.args, **call.kwargs)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 

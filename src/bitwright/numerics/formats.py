@@ -5,29 +5,48 @@ A format knows how one scaled number becomes a code and back. It knows nothing o
 with a class of this shape, plus one line in the table.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bitwright.numerics.codebook_grid import CodebookFormat, LearnedTableFormat
 from bitwright.numerics.integer import MAX_BITS, MIN_BITS, IntegerFormat
+from bitwright.numerics.minifloat import MINIFLOATS
+from bitwright.numerics.table import TABLES
+from bitwright.numerics.ternary import BinaryFormat, TernaryFormat
 from bitwright.registry import Registry
+
+CODEBOOK_BITS = (2, 3, 4)
 
 
 class Format(Protocol):
-    """A set of at most `2**bits` numbers, in units of a scale.
-
-    Every format represents 0 exactly, and `snap` equals `decode(encode(.))`.
-    """
+    """Codes that each name one of `num_codes` levels."""
 
     @property
     def name(self) -> str:
-        """The name in `FORMATS` and in recipes."""
+        """The name in `FORMATS`."""
         ...
 
     @property
-    def bits(self) -> int:
-        """Storage per code, in bits."""
+    def bits(self) -> float:
+        """Storage per code, in bits; 1.6 where five codes share a byte."""
+        ...
+
+    @property
+    def num_codes(self) -> int:
+        """How many codes are used."""
+        ...
+
+    @property
+    def min_code(self) -> int:
+        """The smallest code: codes are `min_code` .. `min_code + 2**bits - 1`, some of them unused."""
+        ...
+
+    @property
+    def end_codes(self) -> tuple[int, int]:
+        """The codes of the lowest and the highest level."""
         ...
 
     @property
@@ -36,14 +55,13 @@ class Format(Protocol):
         ...
 
     @property
-    def num_codes(self) -> int:
-        """How many codes are used; at most `2**bits`."""
-        ...
-
-    @property
     def code_dtype(self) -> torch.dtype:
         """Integer dtype of unpacked codes."""
         ...
+
+
+class LevelFormat(Format, Protocol):
+    """A format whose levels are fixed numbers in units of a scale; `snap` equals `decode(encode(.))`."""
 
     @property
     def min_value(self) -> float:
@@ -68,12 +86,21 @@ class Format(Protocol):
         ...
 
 
-def _integers(table: Registry[Format]) -> Registry[Format]:
-    for bits in range(MIN_BITS, MAX_BITS + 1):
-        for symmetric in (True, False):
-            format = IntegerFormat(bits=bits, symmetric=symmetric)
-            table.register(format.name, format)
+def _table(entries: Iterable[Format]) -> Registry[Format]:
+    table: Registry[Format] = Registry("format")
+    for format in entries:
+        table.register(format.name, format)
     return table
 
 
-FORMATS: Registry[Format] = _integers(Registry("format"))
+FORMATS: Registry[Format] = _table(
+    [
+        *(IntegerFormat(bits=b, symmetric=s) for b in range(MIN_BITS, MAX_BITS + 1) for s in (True, False)),
+        *MINIFLOATS,
+        *TABLES,
+        *(CodebookFormat(bits=bits) for bits in CODEBOOK_BITS),
+        *(LearnedTableFormat(bits=bits) for bits in CODEBOOK_BITS),
+        TernaryFormat(),
+        BinaryFormat(),
+    ]
+)

@@ -1,17 +1,79 @@
 """A grid: the numbers that each weight may take.
 
-`w ≈ scale * (code - zero_point)`; the grid is the format, the scales and the zero points. Legend: O out features,
-I in features, G groups, j a column.
+`w ≈ scale * (code - zero_point)`; the grid is the format, the scales and the zero points. `AnyGrid` is what solvers
+need of a grid, whether its levels come from a format and a scale (`Grid`) or from a learned table (`CodebookGrid`).
+
+Legend: O out features, I in features, R rows of scales, G groups, j a column.
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import ShapeError, VerificationError
-from bitwright.numerics.formats import Format
-from bitwright.numerics.granularity import Granularity, row_chunks
+from bitwright.numerics.formats import Format, LevelFormat
+from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.scales import StoredScale
+from bitwright.numerics.table import TableFormat
+
+
+class AnyGrid(Protocol):
+    """The levels that each weight of a matrix may take."""
+
+    @property
+    def format(self) -> Format:
+        """What the codes are."""
+        ...
+
+    @property
+    def granularity(self) -> Granularity:
+        """Which weights share their levels."""
+        ...
+
+    @property
+    def in_features(self) -> int:
+        """Columns, I."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the grid's tensors are."""
+        ...
+
+    @property
+    def num_metadata_bits(self) -> int:
+        """Bits of everything stored beside the codes."""
+        ...
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Return the codes [O, I] of the levels nearest to the weight [O, I]."""
+        ...
+
+    def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the levels [O, I] that the codes stand for."""
+        ...
+
+    def round_column(self, weight_column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        """Return codes [O] and float32 levels [O] for column j."""
+        ...
+
+    def rows(self, start: int, stop: int) -> "AnyGrid":
+        """Return the grid of some rows."""
+        ...
+
+    def columns(self, start: int, stop: int) -> "AnyGrid":
+        """Return the grid of some columns; both ends must be group borders."""
+        ...
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether a matrix of so many rows lies on this grid."""
+        ...
+
+    def to(self, device: torch.device | str) -> "AnyGrid":
+        """Return the same grid on a device."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,24 +84,28 @@ class Grid:
         format: the codes.
         granularity: which weights share a scale.
         in_features: I; needed since the last group may be ragged.
-        scale: [O, G], or [1, 1] per tensor; in the dtype that is stored (float32, float16 or bfloat16); never 0; may
-            be negative, which gives the extra code of a full symmetric range to the positive side.
+        scale: [R, G] (see `Granularity`), as it multiplies the codes; never 0; may be negative, which gives the extra
+            code of a full symmetric range to the positive side.
         zero_point: int32 of the same shape; None when the format is symmetric.
+        stored: how the scale is stored where that is not as the float tensor `scale` itself (E8M0, two-level FP8,
+            double quantization); `scale` holds its values.
     Raises:
         ShapeError: scale or zero point do not fit the granularity.
         VerificationError: a scale is 0 or not finite.
     """
 
-    format: Format
+    format: LevelFormat
     granularity: Granularity
     in_features: int
     scale: Tensor
     zero_point: Tensor | None
+    stored: StoredScale | None = None
 
     def __post_init__(self) -> None:
         if self.scale.ndim != 2:
             raise ShapeError(f"grid: scale must be [rows, groups], not {list(self.scale.shape)}.")
-        expected = self.granularity.scale_shape(self.scale.shape[0], self.in_features)
+        num_rows = 1 if self.granularity.spans_rows else self.scale.shape[0]
+        expected = (num_rows, self.granularity.num_groups(self.in_features))
         if tuple(self.scale.shape) != expected:
             raise ShapeError(
                 f"grid: scale {list(self.scale.shape)} does not fit {self.granularity.kind} granularity over "
@@ -63,34 +129,40 @@ class Grid:
         """
         self._check(weight)
         codes = torch.empty(weight.shape, dtype=self.format.code_dtype, device=weight.device)
-        for rows in row_chunks(weight):
+        for rows in self.granularity.row_chunks(weight):
             groups = self.granularity.split(weight[rows].float())
             scale, zero_point = self._factors(rows)
-            scaled = groups / scale
+            scaled = self._scaled(groups, scale)
             if not bool(torch.isfinite(scaled).all()):
                 raise VerificationError("weight: NaN or Inf, or a value far outside the grid, cannot be quantized.")
-            codes[rows] = self.granularity.join(self.format.encode(scaled, zero_point), self.in_features)
+            chosen = self.format.encode(scaled, zero_point)
+            codes[rows] = self.granularity.join(chosen, rows.stop - rows.start, self.in_features)
         return codes
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `scale * (code - zero_point)` [O, I], computed in float32 and then cast to `dtype`."""
         self._check(codes)
         result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        for rows in row_chunks(codes):
+        for rows in self.granularity.row_chunks(codes):
             scale, zero_point = self._factors(rows)
             values = self.format.decode(self.granularity.split(codes[rows]), zero_point)
-            result[rows] = self.granularity.join(values.mul_(scale), self.in_features)
+            result[rows] = self.granularity.join(values.mul_(scale), rows.stop - rows.start, self.in_features)
         return result
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
         """Return the representable weight nearest to the weight, in its dtype."""
         return self.dequantize(self.quantize(weight), weight.dtype)
 
-    def column(self, j: int) -> tuple[Tensor, Tensor]:
-        """Return float32 scale and zero point (0 when symmetric) of column j: [O], or [1] per tensor."""
+    def column(self, j: int, num_rows: int) -> tuple[Tensor, Tensor | None]:
+        """Return float32 scale and zero point (None when symmetric) of column j, which broadcast against [num_rows]."""
         group = j // self.granularity.columns_per_group(self.in_features)
         scale = self.scale[:, group].float()
-        return scale, torch.zeros_like(scale) if self.zero_point is None else self.zero_point[:, group].float()
+        zero_point = None if self.zero_point is None else self.zero_point[:, group].float()
+        repeats = self.granularity.block_rows or 1
+        if repeats > 1:
+            scale = scale.repeat_interleave(repeats)[:num_rows]
+            zero_point = None if zero_point is None else zero_point.repeat_interleave(repeats)[:num_rows]
+        return scale, zero_point
 
     def round_column(self, weight_column: Tensor, j: int) -> tuple[Tensor, Tensor]:
         """Round one column [O] on its own scales; the step of column-wise solvers.
@@ -100,10 +172,25 @@ class Grid:
         Returns:
             codes [O] and their float32 values [O], bitwise equal to `quantize` and `dequantize`.
         """
-        scale, zero = self.column(j)
-        zero_point = None if self.zero_point is None else zero
-        codes = self.format.encode(weight_column.float() / scale, zero_point)
+        scale, zero_point = self.column(j, weight_column.shape[0])
+        codes = self.format.encode(self._scaled(weight_column.float(), scale), zero_point)
         return codes, self.format.decode(codes, zero_point).mul_(scale)
+
+    def rows(self, start: int, stop: int) -> "Grid":
+        """Return the grid of the rows start..stop; views, not copies.
+
+        Raises:
+            ShapeError: an end lies inside a tile of rows.
+        """
+        if self.granularity.spans_rows:
+            return self
+        height = self.granularity.block_rows or 1
+        if start % height or (stop % height and -(-stop // height) != self.scale.shape[0]):
+            raise ShapeError(f"grid: rows {start}..{stop} cut a tile of {height}. Use multiples of it.")
+        first, end = start // height, -(-stop // height)
+        zero_point = None if self.zero_point is None else self.zero_point[first:end]
+        stored = None if self.stored is None else self.stored.rows(first, end)
+        return replace(self, scale=self.scale[first:end], zero_point=zero_point, stored=stored)
 
     def columns(self, start: int, stop: int) -> "Grid":
         """Return the grid of the columns start..stop; both must be group borders.
@@ -111,35 +198,53 @@ class Grid:
         Raises:
             ShapeError: a border lies inside a group.
         """
-        if self.granularity.kind != "group":
+        if self.granularity.group_size is None:
             return replace(self, in_features=stop - start)
         width = self.granularity.columns_per_group(self.in_features)
         if start % width or (stop % width and stop != self.in_features):
             raise ShapeError(f"grid: columns {start}..{stop} cut a group of {width}. Use multiples of the group size.")
-        groups = slice(start // width, -(-stop // width))
-        zero_point = None if self.zero_point is None else self.zero_point[:, groups]
-        return replace(self, in_features=stop - start, scale=self.scale[:, groups], zero_point=zero_point)
+        first, end = start // width, -(-stop // width)
+        zero_point = None if self.zero_point is None else self.zero_point[:, first:end]
+        stored = None if self.stored is None else self.stored.columns(first, end)
+        scale = self.scale[:, first:end]
+        return replace(self, in_features=stop - start, scale=scale, zero_point=zero_point, stored=stored)
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether a matrix [num_rows, I] lies on this grid."""
+        return tuple(self.scale.shape) == self.granularity.scale_shape(num_rows, self.in_features)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scales are."""
+        return self.scale.device
 
     @property
     def num_metadata_bits(self) -> int:
         """Bits that scales and zero points take; a zero point takes as many bits as a code."""
+        if self.stored is not None:
+            return self.stored.num_bits
         scale_bits = self.scale.numel() * torch.finfo(self.scale.dtype).bits
-        return scale_bits + (0 if self.zero_point is None else self.zero_point.numel() * self.format.bits)
+        return scale_bits + (0 if self.zero_point is None else self.zero_point.numel() * round(self.format.bits))
 
     def to(self, device: torch.device | str) -> "Grid":
         """Return the same grid on a device."""
         zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return replace(self, scale=self.scale.to(device), zero_point=zero_point)
+        stored = None if self.stored is None else self.stored.to(device)
+        return replace(self, scale=self.scale.to(device), zero_point=zero_point, stored=stored)
+
+    def _scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Weights in units of the scale. Tables take the reciprocal first, as bitsandbytes does, for equal codes."""
+        return weight * scale.reciprocal() if isinstance(self.format, TableFormat) else weight / scale
 
     def _factors(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Float32 scale and zero point [R, G, 1] of some rows."""
-        if self.granularity.kind == "tensor":
-            rows = slice(None)
+        rows = self.granularity.scale_rows(rows)
         zero_point = None if self.zero_point is None else self.zero_point[rows].float().unsqueeze(-1)
         return self.scale[rows].float().unsqueeze(-1), zero_point
 
     def _check(self, x: Tensor) -> None:
-        num_rows = None if self.granularity.kind == "tensor" else self.scale.shape[0]
-        if x.ndim != 2 or x.shape[1] != self.in_features or num_rows not in (None, x.shape[0]):
-            expected = [num_rows or "any", self.in_features]
-            raise ShapeError(f"grid: a tensor {list(x.shape)} does not fit this grid, which covers {expected}.")
+        if x.ndim != 2 or x.shape[1] != self.in_features or not self.fits(x.shape[0]):
+            raise ShapeError(
+                f"grid: a tensor {list(x.shape)} does not fit this grid, which covers {self.in_features} columns with "
+                f"scales {list(self.scale.shape)} per {self.granularity.kind}."
+            )

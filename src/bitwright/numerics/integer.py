@@ -67,6 +67,16 @@ class IntegerFormat:
         return self.qmax - self.qmin + 1
 
     @property
+    def min_code(self) -> int:
+        """Offset of the codes as stored: a signed code q is stored as q + 2^(b-1)."""
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def end_codes(self) -> tuple[int, int]:
+        """Codes of the lowest and the highest value."""
+        return self.qmin, self.qmax
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """The dtype that holds the codes."""
         return torch.int8 if self.symmetric else torch.uint8

@@ -1,36 +1,45 @@
-"""A quantized weight: codes and the grid that gives them meaning. Legend: O out features, I in features."""
+"""A quantized weight: codes, the grid that gives them meaning, and the outliers kept beside them.
 
-from dataclasses import dataclass, replace
+Legend: O out features, I in features.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import ShapeError
-from bitwright.numerics.grid import Grid
+from bitwright.numerics.grid import AnyGrid
+from bitwright.numerics.outliers import SparseOutliers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class QTensor:
     """Codes [O, I] on a grid.
 
+    Args:
+        codes: [O, I] in the format's code dtype.
+        grid: what the codes stand for.
+        outliers: single weights stored as floats, which replace what their codes stand for; None for none.
     Raises:
         ShapeError: the codes are not 2-D, do not fit the grid or have another dtype than its format.
     """
 
     codes: Tensor
-    grid: Grid
+    grid: AnyGrid
+    outliers: SparseOutliers | None = None
 
     def __post_init__(self) -> None:
         num_rows, num_columns = self.codes.shape if self.codes.ndim == 2 else (-1, -1)
         if (
             num_columns != self.grid.in_features
             or self.codes.dtype != self.grid.format.code_dtype
-            or tuple(self.grid.scale.shape) != self.grid.granularity.scale_shape(num_rows, num_columns)
+            or not self.grid.fits(num_rows)
         ):
             raise ShapeError(
                 f"qtensor: {self.codes.dtype} codes {list(self.codes.shape)} do not fit a grid of "
-                f"{self.grid.format.code_dtype} with {self.grid.in_features} columns and scale "
-                f"{list(self.grid.scale.shape)}."
+                f"{self.grid.format.code_dtype} with {self.grid.in_features} columns per "
+                f"{self.grid.granularity.kind}."
             )
 
     @property
@@ -40,20 +49,29 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [O, I] that the codes stand for."""
-        return self.grid.dequantize(self.codes, dtype)
+        dense = self.grid.dequantize(self.codes, dtype)
+        return dense if self.outliers is None else self.outliers.add_to(dense)
 
     def rows(self, start: int, stop: int) -> "QTensor":
         """Return the rows start..stop as a quantized weight of their own; views, not copies."""
-        grid = self.grid
-        if grid.granularity.kind != "tensor":
-            zero_point = None if grid.zero_point is None else grid.zero_point[start:stop]
-            grid = replace(grid, scale=grid.scale[start:stop], zero_point=zero_point)
-        return QTensor(codes=self.codes[start:stop], grid=grid)
+        outliers = None if self.outliers is None else self.outliers.rows(start, stop)
+        return QTensor(codes=self.codes[start:stop], grid=self.grid.rows(start, stop), outliers=outliers)
+
+    def to(self, device: torch.device | str) -> "QTensor":
+        """Return the same weight on a device."""
+        outliers = None if self.outliers is None else self.outliers.to(device)
+        return QTensor(codes=self.codes.to(device), grid=self.grid.to(device), outliers=outliers)
+
+    @property
+    def num_code_bits(self) -> int:
+        """Bits of the packed codes."""
+        return round(self.codes.numel() * self.grid.format.bits)
 
     @property
     def num_bits_total(self) -> int:
-        """Bits of codes, scales and zero points together."""
-        return self.codes.numel() * self.grid.format.bits + self.grid.num_metadata_bits
+        """Bits of codes, scales, zero points, codebooks and outliers together."""
+        outliers = 0 if self.outliers is None else self.outliers.num_bits
+        return self.num_code_bits + self.grid.num_metadata_bits + outliers
 
     @property
     def bits_per_weight(self) -> float:
@@ -62,7 +80,6 @@ class QTensor:
 
     @property
     def saturated_fraction(self) -> float:
-        """Share of the weights at either end of the format's range; high when the range clips hard."""
-        values = self.grid.format.decode(self.codes, None)
-        ends = (values == self.grid.format.min_value) | (values == self.grid.format.max_value)
-        return ends.float().mean().item()
+        """Share of the weights with the first or last of the codes in order of value; high when the range clips."""
+        lowest, highest = self.grid.format.end_codes
+        return ((self.codes == lowest) | (self.codes == highest)).float().mean().item()

@@ -1,48 +1,43 @@
 """Choosing scales and zero points: min-max, percentile, MSE and importance-weighted MSE.
 
 Every method sees the weights as groups that share a scale and answers with a scale and, for asymmetric formats, a zero
-point. The range always includes 0. The scale is rounded to the dtype that is stored *before* errors are measured and
-codes chosen, so that what is searched is what is stored.
+point. The range always includes 0. The scale is rounded to what is stored (a float, a power of two, an FP8 number)
+*before* errors are measured and codes chosen, so that what is searched is what is stored. Double-quantized scales are
+the exception: they are chosen as floats and quantized together afterwards (`store_scale`).
 
-Legend: O out features, I in features, R rows of scales, G groups per row, g columns per group.
+Legend: O out features, I in features, R rows of scales, G groups per row, n weights per group.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import RecipeError, ShapeError, VerificationError
-from bitwright.numerics.formats import Format
-from bitwright.numerics.granularity import Granularity, row_chunks
+from bitwright.numerics.formats import LevelFormat
+from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.linalg import wide_dtype
+from bitwright.numerics.scales import BoundScale, FloatScale, ScaleFormat
 from bitwright.registry import Registry
 
 # Factors on the largest magnitude. From 1 to 0.4, where the optimum of 3 to 8 bits lies, in steps of 0.0125, finer than
 # the valley of the error; then geometrically to 0.05, for 2 bits and for outliers that matter little.
 SHRINK_FACTORS = tuple(1 - step / 80 for step in range(49)) + tuple(0.4 * 0.9**step for step in range(1, 21))
 
-# The smallest scale of each storage dtype. Float16 subnormals are normal in float32, where the arithmetic happens;
-# float32 and bfloat16 subnormals may be flushed to 0 by a device.
-MIN_SCALE = {
-    torch.float32: torch.finfo(torch.float32).tiny,
-    torch.bfloat16: torch.finfo(torch.bfloat16).tiny,
-    torch.float16: torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps,
-}
 
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Samples:
     """Weights that share scales, in pieces small enough to work on.
 
     Args:
-        pieces: each [R, G, g]; errors and ranges of the pieces combine (only `tensor` granularity has several).
-        root_importance: square root of the importance, [1, G, g]; may be longer than a piece; None when all weights
-            count the same.
-        counts: [G], weights per group and row; padding not counted.
+        pieces: each [R, G, n]; errors and ranges of the pieces combine (only a granularity that spans rows has
+            several).
+        root_importance: square root of the importance, [1 or R, G, n], 0 where a group is padded; may be longer than a
+            piece; None when all weights count the same and nothing is padded.
+        counts: [1 or R, G], weights per group; padding not counted.
     """
 
     pieces: list[Tensor]
@@ -52,7 +47,7 @@ class Samples:
     def __iter__(self) -> Iterator[Tensor]:
         return (piece.float() for piece in self.pieces)
 
-    def squared_error(self, format: Format, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    def squared_error(self, format: LevelFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Return Σ importance · (w - ŵ)² per group [R, G] in the widest float."""
         wide = wide_dtype(scale.device)
         # In units of the step every residual is of order 1, so that neither tiny nor huge weights leave float32.
@@ -75,18 +70,19 @@ class Samples:
         return low, high
 
 
-RangeMethod = Callable[[Samples, Format, torch.dtype], tuple[Tensor, Tensor | None]]
+RangeMethod = Callable[[Samples, LevelFormat, BoundScale], tuple[Tensor, Tensor | None]]
 RANGE_METHODS: Registry[RangeMethod] = Registry("range method")
+FLOAT32 = FloatScale(torch.float32)
 
 
 def fit_grid(
     weight: Tensor,
-    format: Format,
+    format: LevelFormat,
     granularity: Granularity,
     *,
     method: RangeMethod | str = "minmax",
     importance: Tensor | None = None,
-    scale_dtype: torch.dtype = torch.float32,
+    scale: ScaleFormat = FLOAT32,
 ) -> Grid:
     """Choose the grid of a weight.
 
@@ -96,39 +92,51 @@ def fit_grid(
         weight: [O, I], any float dtype; not modified.
         format: the codes.
         granularity: which weights share a scale.
-        method: a name in `RANGE_METHODS` (minmax, percentile, mse) or a method, such as `percentile(99.99)`.
-        importance: [I], E[x_i²] of the inputs, >= 0. With it `mse` minimises `Σ importance_i (w_i - ŵ_i)²`; the other
-            methods have no objective and ignore it.
-        scale_dtype: float32, float16 or bfloat16: what the checkpoint will store.
+        method: a name in `RANGE_METHODS` or a method, such as `percentile(99.99)`.
+        importance: [I], E[x_i²] of the inputs, >= 0. With it `mse` minimises `Σ importance_i (w_i - ŵ_i)²`; methods
+            without an objective ignore it.
+        scale: how the checkpoint will store the scales.
     Raises:
         ShapeError: the weight is not [O, I] or is empty; the importance is not [I].
         VerificationError: NaN or Inf in weight or importance, a negative importance, a weight too large for float32.
-        RecipeError: another scale dtype, or a scale that float16 cannot hold.
+        RecipeError: a scale that float16 cannot hold.
         UnknownName: unknown method.
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ShapeError(f"fit_grid: a weight must be [O, I] and not empty, not {list(weight.shape)}.")
-    if scale_dtype not in MIN_SCALE:
-        raise RecipeError(f"fit_grid: scales are float32, float16 or bfloat16, not {scale_dtype}.")
     choose = RANGE_METHODS[method] if isinstance(method, str) else method
     root_importance = None if importance is None else _root(importance, weight)
+    bound = scale.bind(_largest_step(weight, format))
     # Allocated before the chunks: small results between freed chunks would fragment the heap, and memory would grow.
     shape = granularity.scale_shape(weight.shape[0], weight.shape[1])
-    scale = torch.empty(shape, dtype=scale_dtype, device=weight.device)
+    chosen = torch.empty(shape, dtype=bound.round(torch.ones(1, 1, device=weight.device)).dtype, device=weight.device)
     zero_point = None if format.symmetric else torch.empty(shape, dtype=torch.int32, device=weight.device)
     for rows, samples in _samples(weight, granularity, root_importance):
-        _check_finite(samples)
-        chosen_scale, chosen_zero = choose(samples, format, scale_dtype)
+        chosen_scale, chosen_zero = choose(samples, format, bound)
         _check_scale(chosen_scale, format)
-        scale[rows] = chosen_scale
+        chosen[rows] = chosen_scale
         if zero_point is not None and chosen_zero is not None:
             zero_point[rows] = chosen_zero
-    return Grid(format=format, granularity=granularity, in_features=weight.shape[1], scale=scale, zero_point=zero_point)
+    grid = Grid(
+        format=format, granularity=granularity, in_features=weight.shape[1], scale=chosen, zero_point=zero_point
+    )
+    return grid if scale.stored_afterwards else _with_stored(grid, bound)
 
 
-def minmax(samples: Samples, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def store_scale(grid: Grid, scale: ScaleFormat) -> Grid:
+    """Return the grid with its float scales replaced by what `scale` stores of them."""
+    bound = scale.bind(grid.scale.abs().max().to(wide_dtype(grid.device)))
+    return _with_stored(grid, bound)
+
+
+def _with_stored(grid: Grid, bound: BoundScale) -> Grid:
+    stored = bound.store(grid.scale)
+    return grid if stored is None else replace(grid, scale=stored.values(), stored=stored)
+
+
+def minmax(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor | None]:
     """Cover the whole range: no clipping, coarsest steps."""
-    return _cover(*samples.ends(), format, scale_dtype)
+    return _cover(*samples.ends(), format, bound)
 
 
 def percentile(percent: float) -> RangeMethod:
@@ -143,15 +151,15 @@ def percentile(percent: float) -> RangeMethod:
     if not 50 < percent <= 100:
         raise RecipeError(f"percentile: {percent} is outside (50, 100]. Use 99.9 or 99.99.")
 
-    def method(samples: Samples, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def method(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor | None]:
         position = (samples.counts - 1) * (1 - percent / 100)
         low, high = _upper_quantile(samples, position, -1.0).neg_(), _upper_quantile(samples, position, 1.0)
-        return _cover(low, high, format, scale_dtype)
+        return _cover(low, high, format, bound)
 
     return method
 
 
-def mse(samples: Samples, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def mse(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor | None]:
     """Search shrunken ranges for the least (importance-weighted) squared error; never worse than `minmax`.
 
     Exhaustive over `SHRINK_FACTORS`, so that a better objective or a superset of codes can never lose to a local
@@ -162,9 +170,9 @@ def mse(samples: Samples, format: Format, scale_dtype: torch.dtype) -> tuple[Ten
         error of the scale as stored.
     """
     low, high = samples.ends()
-    best_scale, best_zero = _cover(low, high, format, scale_dtype)
+    best_scale, best_zero = _cover(low, high, format, bound)
     best_error = samples.squared_error(format, best_scale, best_zero)
-    for scale, zero_point in _candidates(low, high, format, scale_dtype):
+    for scale, zero_point in _candidates(low, high, format, bound):
         error = samples.squared_error(format, scale, zero_point)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -179,48 +187,44 @@ RANGE_METHODS.register("percentile", percentile(99.9))
 RANGE_METHODS.register("mse", mse)
 
 
-def _cover(low: Tensor, high: Tensor, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _cover(low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor | None]:
     """Return the smallest step whose grid reaches from low to high; [R, G] each."""
     wide = wide_dtype(low.device)
     low, high = low.to(wide), high.to(wide)
     if not format.symmetric:
-        return _affine(low, high, format, scale_dtype)
+        return _affine(low, high, format, bound)
     upright = torch.maximum(high / format.max_value, low / format.min_value)
+    if not bound.signed:
+        return bound.round(upright), None
     flipped = torch.maximum(-high / format.min_value, -low / format.max_value)
-    return _stored(torch.where(flipped < upright, -flipped, upright), scale_dtype), None
+    return bound.round(torch.where(flipped < upright, -flipped, upright)), None
 
 
 def _candidates(
-    low: Tensor, high: Tensor, format: Format, scale_dtype: torch.dtype
+    low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     wide = wide_dtype(low.device)
     low, high = low.to(wide), high.to(wide)
+    factors = bound.factors or SHRINK_FACTORS
     if not format.symmetric:
-        for factor in SHRINK_FACTORS:
-            scale, zero_point = _affine(low * factor, high * factor, format, scale_dtype)
+        for factor in factors:
+            scale, zero_point = _affine(low * factor, high * factor, format, bound)
             # Shrinking both ends alike keeps the zero point; its neighbours clip one end more than the other.
             for shift in (0, -1, 1):
                 yield scale, (zero_point + shift).clamp_(int(format.min_value), int(format.max_value))
         return
     # The candidates are those of the restricted range, so that the full range can only gain from its extra code.
     reach = torch.maximum(high, -low) / format.max_value
-    signs = (1.0,) if format.min_value == -format.max_value else (1.0, -1.0)
-    for factor in SHRINK_FACTORS:
+    signs = (1.0, -1.0) if bound.signed and format.min_value != -format.max_value else (1.0,)
+    for factor in factors:
         for sign in signs:
-            yield _stored(reach * (sign * factor), scale_dtype), None
+            yield bound.round(reach * (sign * factor)), None
 
 
-def _affine(low: Tensor, high: Tensor, format: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale = _stored((high - low) / (format.max_value - format.min_value), scale_dtype)
+def _affine(low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor]:
+    scale = bound.round((high - low) / (format.max_value - format.min_value))
     zero_point = torch.round(format.min_value - low / scale.to(low.dtype))
     return scale, zero_point.clamp_(format.min_value, format.max_value).to(torch.int32)
-
-
-def _stored(step: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round to the storage dtype; all-zero groups get 1, tiny groups the smallest scale, so that none is 0."""
-    step = torch.where(step == 0, torch.ones_like(step), step)
-    floor = torch.full_like(step, MIN_SCALE[scale_dtype]).copysign_(step)
-    return torch.where(step.abs() < floor.abs(), floor, step).to(scale_dtype)
 
 
 def _upper_quantile(samples: Samples, position: Tensor, sign: float) -> Tensor:
@@ -243,22 +247,59 @@ def _samples(
     weight: Tensor, granularity: Granularity, root_importance: Tensor | None
 ) -> Iterator[tuple[slice, Samples]]:
     """Yield rows of scales and their weights, parts that can be fitted one after the other."""
-    chunks = list(row_chunks(weight))
-    in_features = weight.shape[1]
-    if granularity.kind == "tensor":
+    chunks = list(granularity.row_chunks(weight))
+    if granularity.spans_rows:
         rows = chunks[0].stop
-        root = None if root_importance is None else granularity.split(root_importance.expand(rows, -1))
-        counts = torch.tensor([weight.numel()], dtype=torch.float32, device=weight.device)
         pieces = [granularity.split(weight[chunk]) for chunk in chunks]
-        yield slice(0, 1), Samples(pieces=pieces, root_importance=root, counts=counts)
+        counts = _count(weight, granularity, weight.shape[0])
+        yield slice(0, 1), Samples(pieces, _padded_root(weight, granularity, root_importance, rows), counts)
         return
-    root = None if root_importance is None else granularity.split(root_importance)
-    counts = torch.full((granularity.num_groups(in_features),), granularity.columns_per_group(in_features))
-    counts[-1] -= int(counts.sum()) - in_features
-    counts = counts.to(device=weight.device, dtype=torch.float32)
+    height = granularity.block_rows or 1
     for chunk in chunks:
-        pieces = [granularity.split(weight[chunk].float())]
-        yield chunk, Samples(pieces=pieces, root_importance=root, counts=counts)
+        # Rows of one-row groups are alike, so that one row of weights stands for all of them.
+        rows = chunk.stop - chunk.start if height > 1 else 1
+        yield (
+            granularity.scale_rows(chunk),
+            Samples(
+                [granularity.split(weight[chunk].float())],
+                _padded_root(weight, granularity, root_importance, rows),
+                _count(weight, granularity, rows),
+            ),
+        )
+
+
+def _padded_root(
+    weight: Tensor, granularity: Granularity, root_importance: Tensor | None, num_rows: int
+) -> Tensor | None:
+    """Importance arranged like the weights; 0 for padding, whose error (where 0 is not exact) must not count."""
+    in_features = weight.shape[1]
+    height = num_rows if granularity.spans_rows else granularity.block_rows or 1
+    if root_importance is None:
+        if in_features % granularity.columns_per_group(in_features) == 0 and num_rows % height == 0:
+            return None
+        root_importance = torch.ones(1, in_features, device=weight.device)
+    return granularity.split(root_importance.expand(num_rows, -1))
+
+
+def _count(weight: Tensor, granularity: Granularity, num_rows: int) -> Tensor:
+    """Weights per group [1 or R, G]."""
+    ones = torch.ones(1, weight.shape[1], device=weight.device)
+    if granularity.spans_rows:
+        return granularity.split(ones).sum(-1) * num_rows
+    return granularity.split(ones.expand(num_rows, -1)).sum(-1)
+
+
+def _largest_step(weight: Tensor, format: LevelFormat) -> Tensor:
+    """The step [] at which the format reaches the largest magnitude of the whole weight.
+
+    Raises:
+        VerificationError: NaN or Inf in the weight.
+    """
+    low, high = torch.aminmax(weight)
+    largest = torch.maximum(-low, high).to(wide_dtype(weight.device))
+    if not bool(torch.isfinite(largest)):
+        raise VerificationError("fit_grid: the weight holds NaN or Inf. Repair the checkpoint; it cannot be quantized.")
+    return largest / format.max_value
 
 
 def _root(importance: Tensor, weight: Tensor) -> Tensor:
@@ -273,13 +314,7 @@ def _root(importance: Tensor, weight: Tensor) -> Tensor:
     return wide.sqrt().float().unsqueeze(0)
 
 
-def _check_finite(samples: Samples) -> None:
-    low, high = samples.ends()
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-        raise VerificationError("fit_grid: the weight holds NaN or Inf. Repair the checkpoint; it cannot be quantized.")
-
-
-def _check_scale(scale: Tensor, format: Format) -> None:
+def _check_scale(scale: Tensor, format: LevelFormat) -> None:
     reach = scale.float().abs() * max(-format.min_value, format.max_value)
     if bool(torch.isfinite(reach).all()):
         return

@@ -1,4 +1,4 @@
-"""Write a quantized model as a Hugging Face directory in the compressed-tensors `pack-quantized` layout.
+"""Write a quantized model as a Hugging Face directory, in compressed-tensors' layouts or in bitwright's own.
 
 The directory is written shard by shard, one per decoder block and one for the rest, each under a temporary name first,
 so that a run that dies leaves whole shards or none. Tensors that are not quantized are copied as the original stores
@@ -16,94 +16,63 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bitwright.errors import RecipeError, ShapeError
-from bitwright.model import packed
 from bitwright.model.checkpoint import WEIGHT_INDEX, Checkpoint
+from bitwright.model.layouts import compressed_tensors, own
+from bitwright.model.layouts.stored import ct_config, module_of, own_config
 from bitwright.model.sites import Site
 from bitwright.model.skeleton import Skeleton
 from bitwright.model.tensor_file import save_tensors_atomic
-from bitwright.numerics.granularity import Granularity
-from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.inputs import QuantizedSite
 from bitwright.recipe import SitePlan
 from bitwright.records import write_json_atomic
+from bitwright.schemes import Scheme
 
 NOT_COPIED = ("config.json", WEIGHT_INDEX, "README.md", "quantize_config.json")
 EXPERTS = r"re:.*\.experts\.\d+\..*"
 """Experts as checkpoints name them, one by one, where the model holds one 3-D parameter."""
-KEPT = "kept in 16 bit"
 COPIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
 
 
-def check_plan(sites: Iterable[Site], plan: Mapping[str, SitePlan]) -> None:
-    """Refuse a plan whose result the layout cannot hold or transformers cannot read, before any work.
-
-    Transformers (5.23) reads the experts of a 3-D parameter by one scheme without zero points, and other weights with
-    zero points by one scheme.
-
-    Raises:
-        ShapeError: transposed weights (GPT-2's Conv1D).
-        RecipeError: schemes that cannot be read back side by side.
-    """
-    experts: set[str] = set()
-    others: set[str] = set()
-    for site in sites:
-        entry = plan[site.name]
-        if entry.scheme is not None and site.transposed:
-            raise ShapeError(
-                f"{site.name}: stored as [in, out] (Conv1D), which compressed-tensors cannot hold. "
-                "Ignore it, or convert the model to Linear weights first."
-            )
-        if site.index is not None:
-            experts.add(_treatment(entry))
-        elif entry.scheme is not None:
-            others.add(_treatment(entry))
-    if len(experts) > 1 or any(name == KEPT or name.endswith("-asym") for name in experts):
-        raise RecipeError(
-            f"experts: {', '.join(sorted(experts))}. Transformers reads the experts of this model only if all are "
-            "quantized by one symmetric scheme. Give them one, by a rule if the other sites have another."
-        )
-    if len(others) > 1 and any(name.endswith("-asym") for name in others):
-        raise RecipeError(
-            f"schemes {', '.join(sorted(others))}: transformers reads an asymmetric scheme only if all sites have it. "
-            "Use symmetric ones, or one scheme whose group size divides every row (or channel)."
-        )
-
-
-def _treatment(entry: SitePlan) -> str:
-    """The scheme with the group size that is really used, or KEPT."""
-    if entry.scheme is None or entry.granularity is None:
-        return KEPT
-    return str(replace(entry.scheme, granularity=entry.granularity))
-
-
 class ModelWriter:
-    """Writes the shards of one quantized model into a directory."""
+    """Writes the shards of one quantized model into a directory.
 
-    def __init__(self, skeleton: Skeleton, directory: Path, num_shards: int) -> None:
+    Args:
+        layouts: of every quantized site, as `choose_layouts` decides.
+    """
+
+    def __init__(self, skeleton: Skeleton, directory: Path, num_shards: int, layouts: Mapping[str, str]) -> None:
         self.skeleton, self.directory, self.num_shards = skeleton, directory, num_shards
+        self.layouts = layouts
         self.checkpoint: Checkpoint = skeleton.checkpoint
 
     def shard_path(self, index: int) -> Path:
         """File of shard `index`: one per block, then one for the rest."""
         return self.directory / f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
 
-    def write_shard(self, index: int, stored_names: Iterable[str], quantized: dict[Site, QTensor]) -> dict[str, Tensor]:
-        """Write the tensors called `stored_names`, the quantized ones packed; return what was written."""
+    def write_shard(
+        self, index: int, stored_names: Iterable[str], quantized: dict[Site, QuantizedSite]
+    ) -> dict[str, Tensor]:
+        """Write the tensors called `stored_names`, the quantized ones as codes; return what was written."""
         tensors: dict[str, Tensor] = {}
+        replaced: set[str] = set()
         for site, result in quantized.items():
             for name, rows in self.pieces(site, result):
-                tensors.update(packed.encode(name, rows))
-        replaced = {name.removesuffix("_packed") for name in tensors if name.endswith("_packed")}
+                parts = encode(self.layouts[site.name], rows)
+                tensors.update({f"{module_of(name)}.{part}": tensor for part, tensor in parts.items()})
+                replaced.add(name)
         tensors.update(self.checkpoint.read([name for name in stored_names if name not in replaced]))
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        # safetensors refuses tensors that share memory, as the calibrated scales of one group of sites do.
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_tensors_atomic(self.shard_path(index), tensors)
         return tensors
 
-    def pieces(self, site: Site, result: QTensor) -> list[tuple[str, QTensor]]:
+    def pieces(self, site: Site, result: QuantizedSite) -> list[tuple[str, QuantizedSite]]:
         """Cut a site's result into the tensors that the checkpoint stores (experts' gate and up are separate there)."""
         pieces = self.skeleton.stored_pieces(site.parameter)
         wanted = [piece for piece in pieces if piece[1] == site.index]
-        return [(name, result.rows(first, end)) for name, _, first, end in wanted]
+        if len(wanted) == 1:
+            return [(wanted[0][0], result)]
+        return [(name, replace(result, weight=result.weight.rows(first, end))) for name, _, first, end in wanted]
 
     def finish(self, sites: Sequence[Site], plan: dict[str, SitePlan]) -> None:
         """Write what makes the directory complete: index, configuration, tokenizer, generation configuration."""
@@ -127,24 +96,28 @@ class ModelWriter:
 
     def quantization_config(self, sites: Sequence[Site], plan: dict[str, SitePlan]) -> dict[str, Any]:
         """One config group per distinct scheme; a single scheme targets `Linear` and lists what it leaves alone."""
-        modules: dict[tuple[int, bool, Granularity, bool], list[str]] = {}
+        modules: dict[tuple[Scheme, str, bool], list[str]] = {}
         for site in sites:
-            entry = plan[site.name]
-            if entry.scheme is None:
+            scheme = plan[site.name].effective
+            if scheme is None:
                 continue
-            assert entry.granularity is not None
-            number_format = entry.scheme.weight_format
-            key = (number_format.bits, number_format.symmetric, entry.granularity, site.index is not None)
+            key = (scheme, self.layouts[site.name], site.index is not None)
             names = [piece[0] for piece in self.skeleton.stored_pieces(site.parameter) if piece[1] == site.index]
-            modules.setdefault(key, []).extend(name.removesuffix(".weight") for name in names)
+            modules.setdefault(key, []).extend(module_of(name) for name in names)
+        if own.NAME in self.layouts.values():
+            return own_config({str(scheme): names for (scheme, _, _), names in modules.items()})
         quantized = {name for names in modules.values() for name in names}
-        if len({key[:3] for key in modules}) == 1:
-            groups = [packed.config_group(*next(iter(modules))[:3], ["Linear"])]
+        if len({key[:2] for key in modules}) == 1:
+            scheme, layout, _ = next(iter(modules))
+            groups = [(scheme, layout, ["Linear"])]
         else:
             # Transformers takes for the experts the group whose pattern says so, and for the rest any other.
-            groups = [packed.config_group(*key[:3], [EXPERTS] if key[3] else names) for key, names in modules.items()]
-        config = packed.quantization_config(groups, sorted(self._linears() - quantized))
-        if not all(symmetric for _, symmetric, _, _ in modules):
+            groups = [
+                (scheme, layout, [EXPERTS] if are_experts else names)
+                for (scheme, layout, are_experts), names in modules.items()
+            ]
+        config = ct_config(groups, sorted(self._linears() - quantized))
+        if not all(scheme.weights.format.symmetric for scheme, _, _ in modules):
             # Tells transformers to dequantize as it reads. Otherwise it expects zero points that are not packed,
             # because compressed-tensors 0.20 forgets to pack them on the meta device.
             config["dequantize"] = True
@@ -159,6 +132,11 @@ class ModelWriter:
         }
         tied = {name for name in names if f"{name}.weight" in self.skeleton.tied_names()}
         return direct | tied
+
+
+def encode(layout: str, site: QuantizedSite) -> dict[str, Tensor]:
+    """Return the stored tensors of a site in a layout, by their names inside its module."""
+    return own.encode(site) if layout == own.NAME else compressed_tensors.encode(layout, site)
 
 
 def tensor_sizes(shard: Path) -> dict[str, int]:
@@ -180,6 +158,7 @@ def reread_equals(shard: Path, written: dict[str, Tensor]) -> list[str]:
     for name in sorted(found & written.keys()):
         # Opened anew for each tensor: a mapped file counts as memory as far as it was read.
         with safe_open(shard, framework="pt") as handle:  # pyright: ignore[reportUnknownVariableType]
-            if not torch.equal(cast(Tensor, handle.get_tensor(name)), written[name]):
+            found_tensor, expected = cast(Tensor, handle.get_tensor(name)), written[name]
+            if not torch.equal(found_tensor.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8)):
                 different.append(name)
     return different + sorted(found - written.keys())
