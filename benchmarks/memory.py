@@ -120,7 +120,7 @@ def streamed_gptq(model: Path, work: Path) -> None:
 def _quantize(model: Path, work: Path, method: str, text: str | None) -> None:
     from bitwright.pipeline import quantize
     from bitwright.recipe import Calibration, Recipe
-from bitwright.schemes import Scheme
+    from bitwright.schemes import Scheme
 
     calibration = Calibration(text=text, num_samples=NUM_WINDOWS, seqlen=SEQLEN)
     recipe = Recipe(scheme=Scheme.parse(SCHEME), method=method, calibration=calibration, max_kl=NEVER_FAILS)
@@ -134,13 +134,14 @@ def whole_rtn(model: Path, work: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from bitwright.methods.rtn import rtn
-    from bitwright.model import packed
-    from bitwright.numerics.granularity import Granularity
-    from bitwright.numerics.ranges import fit_grid
+    from bitwright.model.layouts import compressed_tensors
+    from bitwright.model.layouts.stored import module_of
+    from bitwright.numerics.fitting import fit
+    from bitwright.numerics.inputs import QuantizedSite
+    from bitwright.numerics.scales import FloatScale
     from bitwright.schemes import Scheme
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    granularity = Granularity(kind="group", group_size=128)
     tensors: dict[str, torch.Tensor] = {}
     linears = {f"{name}.weight" for name, each in whole.named_modules() if isinstance(each, torch.nn.Linear)}
     with torch.no_grad():
@@ -149,9 +150,11 @@ def whole_rtn(model: Path, work: Path) -> None:
                 tensors[name] = parameter
                 continue
             weight = parameter.float()
-            format = Scheme.parse(SCHEME).weight_format
-            grid = fit_grid(weight, format, granularity, method="mse", scale_dtype=parameter.dtype)
-            tensors.update(packed.encode(name, rtn(weight, grid)))
+            scheme = Scheme.parse(SCHEME).weights
+            scale = FloatScale(parameter.dtype)
+            grid = fit(weight, scheme.format, scheme.granularity, method="mse", importance=None, scale=scale)
+            parts = compressed_tensors.encode(compressed_tensors.PACKED, QuantizedSite(weight=rtn(weight, grid)))
+            tensors.update({f"{module_of(name)}.{part}": tensor for part, tensor in parts.items()})
             parameter.data = torch.empty(0)
     save_file(tensors, work / "model.safetensors")
 

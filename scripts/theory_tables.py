@@ -87,8 +87,8 @@ def rounding() -> str:
         exact = theory.levels_error(d, theory.uniform_levels(bits, clip))
         numbers = (theory.rounding_mse(step), rule.rounding, exact.rounding, exact.clipping)
         off = 100 * (rule.rounding / exact.rounding - 1)
-        rows.append([d.name, str(bits), f"{clip:.2f}", *map(scientific, numbers), f"{off:+.1f} %"])
-    head = ["inputs", "bits", "c", "s²/12", "s²/12 · P(inside)", "rounding, exact", "clipping, exact", "rule of thumb"]
+        rows.append([d.name, str(bits), f"{clip:.2f}", *map(scientific, numbers), f"{round(off, 1) + 0.0:.1f} %"])
+    head = ["inputs", "bits", "c", "s²/12", "s²/12 · P(inside)", "rounding, exact", "clipping, exact", "rule is off by"]
     return markdown(head, rows)
 
 
@@ -101,7 +101,17 @@ def bits() -> str:
             row += [f"{best_clip(d, b):.3f}", f"{uniform_db(d, b):.2f}", gain]
         levels = theory.uniform_levels(b, best_clip(GAUSSIAN, b))
         rows.append([*row, f"{theory.grid_entropy(GAUSSIAN, levels):.2f}"])
-    head = ["bits", "uniform dB", "Gaussian c", "dB", "gain", "Laplace c", "dB", "gain", "entropy of Gaussian codes"]
+    head = [
+        "bits",
+        "uniform inputs dB",
+        "Gaussian c",
+        "dB",
+        "gain",
+        "Laplace c",
+        "dB",
+        "gain",
+        "entropy of Gaussian codes",
+    ]
     return markdown(head, rows)
 
 
@@ -318,7 +328,7 @@ def quoted() -> dict[str, str]:
         "mantissa": f"mantissa bit buys {theory.DB_PER_BIT:.2f} dB",
         "lead": f"is {lead:.1f} dB better than E4M3",
         "lead, range": f"its range is {10 ** (lead / 20):.1f} times too wide",
-        "quarter": f"a quarter of a bit is worth {theory.DB_PER_BIT / 4:.1f} dB",
+        "quarter": f"a quarter of a bit more, which is worth {theory.DB_PER_BIT / 4:.1f} dB",
         "equal": f"{equal:.2f} dB at 4 bits, where a uniform grid has {uniform_db(GAUSSIAN, 4):.2f} and Lloyd-Max "
         f"{lloyd:.2f}",
         "nf4 gap": f"{best[0] - nf4[0]:.1f} dB from it for Gaussian weights, {best[1] - nf4[1]:.1f} for Laplace",

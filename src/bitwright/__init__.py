@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from bitwright import hook
 from bitwright.errors import BitwrightError
 
 if TYPE_CHECKING:
@@ -30,3 +31,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_ORIGINS[name]), "write_report" if name == "report" else name)
+
+
+hook.install()

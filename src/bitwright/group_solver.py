@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -154,8 +154,11 @@ class GroupSolver:
             amax = torch.maximum(-low, high).max()
             scale = FixedFp8Scale.for_largest(amax / acts.format.max_value)
             return InputQuantizer(format=acts.format, granularity=acts.granularity, scale=scale)
-        static = static_grid(low, high, acts.format, acts.granularity, site.in_features)
-        return InputQuantizer(format=acts.format, granularity=acts.granularity, scale=scale, static=static.to(device))
+        # Engines keep the scale in the model's dtype: in float32 it is what they will have.
+        rounded = FloatScale(self._stored_dtype(site))
+        static = static_grid(low, high, acts.format, acts.granularity, site.in_features, scale=rounded).to(device)
+        static = replace(static, scale=static.scale.float())
+        return InputQuantizer(format=acts.format, granularity=acts.granularity, scale=scale, static=static)
 
     def _observed(self, site: Site, acts: ActivationScheme, stats: SiteStats) -> tuple[Tensor, Tensor]:
         if stats.num_tokens == 0:
@@ -165,7 +168,7 @@ class GroupSolver:
         return stats.observers[acts].range(acts.format)
 
     def _stored_dtype(self, site: Site) -> torch.dtype:
-        return self.skeleton.checkpoint.stored[self.skeleton.sources[site.parameter][0]].dtype
+        return self.skeleton.stored_dtype(site.parameter)
 
 
 def _scale_format(name: str, dtype: torch.dtype) -> ScaleFormat:

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from bitwright.preparation import model_sites
 from bitwright.progress import Progress
 from bitwright.recipe import Recipe, resolve
 from bitwright.schemes import Scheme
+
+if TYPE_CHECKING:
+    from bitwright.outlier_report import SiteActivity
 
 PROBE_WINDOWS, PROBE_TOKENS = 4, 32
 WEIGHED_SCHEMES = ("W8A16-channel", "W6A16-g128", "W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
@@ -36,7 +39,11 @@ class SchemeWeight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """What `bitwright inspect` shows."""
+    """What `bitwright inspect` shows.
+
+    Attributes:
+        activity: outliers and losses per group of sites; empty unless a calibration text was given.
+    """
 
     model: str
     architecture: str
@@ -45,6 +52,7 @@ class Inspection:
     structure: ModelStructure
     schemes: tuple[SchemeWeight, ...]
     unused_tensors: tuple[str, ...]
+    activity: "tuple[SiteActivity, ...]" = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data in a stable order."""
@@ -59,6 +67,7 @@ class Inspection:
             ],
             "unused_tensors": list(self.unused_tensors),
             "structure": self.structure.to_json(),
+            "activity": [entry.to_json() for entry in self.activity],
         }
 
     def counts(self) -> Counter[str]:

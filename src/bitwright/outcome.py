@@ -99,7 +99,11 @@ def _results(
         "perplexity": score.perplexity,
         "reference_perplexity": original.perplexity,
         "gate_tokens": score.num_tokens,
-        "bits_per_weight": sum(site["bits_per_weight"] * site["num_weights"] for site in sites) / num_weights,
+        **{
+            key: sum(site[key] * site["num_weights"] for site in sites) / num_weights
+            for key in ("bits_per_weight", "ideal_bits_per_weight")
+        },
+        "layouts": sorted(set(job.layouts.values())),
         "model_bits_per_parameter": 8 * result.num_bytes / num_parameters,
         "size_bytes": result.num_bytes,
         "result_hash": result.audit(),

@@ -32,6 +32,8 @@ from bitwright.model.activations import Activations
 from bitwright.model.sites import Site, SiteCalls, SiteKind, weight_view
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import BlockStructure, Edge
+from bitwright.numerics.entropy import allocation_gain_db
+from bitwright.numerics.granularity import Granularity
 from bitwright.progress import Progress
 
 SAMPLE_TOKENS = 512
@@ -50,6 +52,8 @@ ONE_SIDED = 0.5
 MAX_KEPT_SHARE = 0.05
 """Outlier channels beyond this share of all are too many to keep in 16 bit."""
 SMOOTHING_ALPHAS = (0.5, 0.75)
+ALLOCATED, UNIFORM_BITS = Granularity(kind="group", group_size=128), 4.0
+DB_PER_BIT = 20 * math.log10(2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +95,8 @@ class SiteActivity:
         statistics: None where no token arrived.
         inputs: losses of the inputs under `INPUT_FORMATS`; empty where no token arrived.
         weights: losses of the weights under `WEIGHT_FORMATS`; empty where no token arrived.
+        water_filled_bits: bits per weight that would err as little as 4 bits everywhere if every group of 128 weights
+            had bits of its own (reverse water-filling, Gaussian rates); None where no token arrived.
         advice: what follows, each with its measured gain; at least one entry.
     """
 
@@ -103,6 +109,7 @@ class SiteActivity:
     statistics: InputStatistics | None
     inputs: tuple[FormatLoss, ...]
     weights: tuple[FormatLoss, ...]
+    water_filled_bits: float | None
     advice: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -182,6 +189,7 @@ def _entry(block: nn.Module, prefix: str, record: _Record) -> SiteActivity:
     sites, tokens = record.sites, record.sample.tokens
     inputs: tuple[FormatLoss, ...] = ()
     weights: tuple[FormatLoss, ...] = ()
+    water_filled_bits: float | None = None
     advice = ("none: no token reached these sites, so nothing is known of their inputs; use more or other text",)
     if tokens is not None and tokens.shape[0]:
         views = [weight_view(block, site, prefix).float().contiguous() for site in sites]
@@ -189,6 +197,7 @@ def _entry(block: nn.Module, prefix: str, record: _Record) -> SiteActivity:
         low, high = float(record.stats.low.min()), float(record.stats.high.max())
         inputs = tuple(bench.input_loss(name, granularity, low, high) for name, granularity in INPUT_FORMATS)
         weights = tuple(bench.weight_loss(name, granularity) for name, granularity in WEIGHT_FORMATS)
+        water_filled_bits = _water_filled_bits(views)
         advice = _advice(record, bench, inputs, weights)
     return SiteActivity(
         sites=tuple(site.name for site in sites),
@@ -200,8 +209,20 @@ def _entry(block: nn.Module, prefix: str, record: _Record) -> SiteActivity:
         statistics=_statistics(record.stats) if record.stats.num_tokens else None,
         inputs=inputs,
         weights=weights,
+        water_filled_bits=water_filled_bits,
         advice=advice,
     )
+
+
+def _water_filled_bits(weights: list[Tensor]) -> float:
+    """Bits per weight that reach the error of `UNIFORM_BITS` everywhere when each group gets what its variance asks."""
+    groups = [ALLOCATED.split(weight) for weight in weights]
+    variances = torch.cat([group.square().mean(-1).flatten() for group in groups])
+    counts = torch.ones_like(variances)
+    if not bool((variances > 0).any()):
+        return 0.0
+    gain_db = allocation_gain_db(variances, counts, UNIFORM_BITS)
+    return UNIFORM_BITS - gain_db / DB_PER_BIT
 
 
 def _statistics(stats: ActivityStats) -> InputStatistics:

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,18 @@ from bitwright.exporters.registered import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.outcome import CALIBRATION_TOKENS, conclude, gate_failure
+from bitwright.outlier_report import analyse
 from bitwright.preflight import Estimate
-from bitwright.preparation import Job, check_seqlen, max_length, open_model, prepare, text_windows, vocabulary_size
+from bitwright.preparation import (
+    Job,
+    check_seqlen,
+    max_length,
+    open_model,
+    prepare,
+    text_sample,
+    text_windows,
+    vocabulary_size,
+)
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
@@ -26,6 +36,7 @@ from bitwright.runs import RUN_FILE, RunDirectory, open_run
 from bitwright.walk import Walk
 
 LONGEST_DEFAULT_WINDOW = 2048
+ANALYSIS_WINDOW = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,11 +122,38 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, progress: Progress) ->
 
 
 def inspect(
-    model: str | Path, *, device: str = "cpu", trust_remote_code: bool = False, progress: Progress = no_progress
+    model: str | Path,
+    *,
+    calibration: str | None = None,
+    num_samples: int = 16,
+    seqlen: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
 ) -> Inspection:
-    """Find a model's sites, groups and edges, and what the common schemes would weigh; changes nothing."""
+    """Find a model's sites, groups and edges, and what the common schemes would weigh; changes nothing.
+
+    Args:
+        model: model directory, hub id, or a run directory, whose result is then inspected.
+        calibration: a text to run, for outliers and for what each format would lose; None for neither.
+        num_samples: windows of that text.
+        seqlen: tokens per window; at most 512 unless given.
+        seed: of the choice of windows.
+        device: where blocks are computed.
+        progress: called with (what, done, total).
+    Raises:
+        BitwrightError: see `errors`.
+    """
     streamed = open_model(model_directory(model), device=device, dtype="float32", trust_remote_code=trust_remote_code)
-    return inspect_model(streamed, model, progress)
+    found = inspect_model(streamed, model, progress)
+    if calibration is None:
+        return found
+    length = min(max_length(streamed) or ANALYSIS_WINDOW, ANALYSIS_WINDOW) if seqlen is None else seqlen
+    windows = text_sample(
+        streamed, calibration, length, num_samples=num_samples, seed=seed, trust_remote_code=trust_remote_code
+    )
+    return replace(found, activity=analyse(streamed, windows, progress))
 
 
 def _asked(model: str | Path, job: Job) -> dict[str, Any]:

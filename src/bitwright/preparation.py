@@ -103,6 +103,18 @@ def text_windows(model: StreamedModel, text: str, seqlen: int, *, trust_remote_c
     return windows
 
 
+def text_sample(
+    model: StreamedModel, text: str, seqlen: int, *, num_samples: int, seed: int, trust_remote_code: bool
+) -> Tensor:
+    """Some windows [N, T] of a text, chosen by a seed."""
+    check_seqlen(model, seqlen)
+    tokenizer = load_tokenizer(model.skeleton.checkpoint, trust_remote_code=trust_remote_code)
+    tokens = tokenise(tokenizer, load_corpus(text).documents)
+    windows = sample_windows(tokens, num_samples=num_samples, seqlen=seqlen, seed=seed, source=text)
+    _check_vocabulary(model, windows)
+    return windows
+
+
 def check_seqlen(model: StreamedModel, seqlen: int) -> None:
     """Raises DataError for windows longer than the model's positions, or too short to predict anything."""
     if seqlen < 2:
@@ -138,7 +150,13 @@ def prepare(
     plan = resolve(recipe, sites)
     if not plan.quantized:
         raise RecipeError("the recipe leaves every site in 16 bit. Remove an ignore pattern or rule.")
-    layouts = choose_layouts(sites, plan.sites, recipe.layout)
+    layouts = choose_layouts(
+        sites,
+        plan.sites,
+        recipe.layout,
+        dtype=model.skeleton.checkpoint.dense_dtype,
+        stored={site.name: model.skeleton.stored_dtype(site.parameter) for site in sites},
+    )
     for parameter in dict.fromkeys(site.parameter for site in sites if plan.sites[site.name].scheme is not None):
         model.skeleton.stored_pieces(parameter)  # raises where the checkpoint's layout has no place for its codes
     _check_calibration(recipe, plan)

@@ -17,11 +17,12 @@ names say so (`W8A8-static-entropy`), and a scale without its observer says litt
 import math
 import re
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import NoReturn, cast
 
 from bitwright.errors import RecipeError, UnknownName, did_you_mean
 from bitwright.numerics.codebook_grid import CodebookFormat, LearnedTableFormat
-from bitwright.numerics.formats import FORMATS, Format, LevelFormat
+from bitwright.numerics.formats import FORMATS, Format, LevelFormat, num_code_bits
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.integer import MAX_BITS, MIN_BITS, IntegerFormat
 from bitwright.registry import Registry
@@ -35,9 +36,12 @@ COMMON_SCHEMES = (
 )  # fmt: skip
 MODEL_SCALE = "model"
 """Scales in the dtype that the model stores its weights in."""
-_INTEGERS = re.compile(r"W(\d+)A(\d+)")
-_SCALE_BITS = {"float32": 32.0, "e8m0": 8.0, "e8m0-int8": 8.0, "e4m3": 8.0, "nested": 8 + 32 / 256}
+_NUMBER = "(0|[1-9][0-9]*)"
+_INTEGERS = re.compile(f"W{_NUMBER}A{_NUMBER}")
+_SCALE_BITS = {"float32": 32, "e8m0": 8, "e8m0-int8": 8, "e4m3": 8, "nested": 8}
+_NESTED_BLOCK = 256
 _OUTLIER_INDEX_BITS = 16
+_ABOUT_ACTIVATIONS = {"observer", "time", "activation symmetry", "activation granularity"}
 _CHANNEL, _TENSOR, _TOKEN = Granularity(kind="channel"), Granularity(kind="tensor"), Granularity(kind="token")
 
 
@@ -63,15 +67,24 @@ class WeightScheme:
     outliers: float = 0.0
 
     def num_bits(self, out_features: int, in_features: int, *, float_bits: int) -> int:
-        """Bits of a weight [O, I] as stored, from shapes alone; `float_bits` of the model's own dtype."""
+        """Bits of a weight [O, I] as stored, from shapes alone; `float_bits` of the model's own dtype.
+
+        Exact but for outliers, whose positions take what they take.
+        """
+        format, num_weights = self.format, out_features * in_features
+        bits = num_code_bits(format, num_weights)
+        bits += math.ceil(num_weights * self.outliers * (_OUTLIER_INDEX_BITS + float_bits))
         rows, groups = self.granularity.scale_shape(out_features, in_features)
-        bits = self.format.bits
-        per_scale = _SCALE_BITS.get(self.scale, float_bits) + (0 if self.format.symmetric else bits)
-        if isinstance(self.format, CodebookFormat) and not isinstance(self.format, LearnedTableFormat):
-            per_scale = self.format.num_codes * float_bits
-        weights = out_features * in_features
-        outliers = self.outliers * (_OUTLIER_INDEX_BITS + float_bits)
-        return math.ceil(weights * (bits + outliers) + rows * groups * per_scale)
+        if _has_codebooks(format):
+            return bits + rows * groups * format.num_codes * float_bits
+        bits += rows * groups * _SCALE_BITS.get(self.scale, float_bits)
+        if self.scale == "e4m3":
+            bits += 32  # The level above the scales.
+        if self.scale == "nested":
+            bits += 32 * (1 + math.ceil(rows * groups / _NESTED_BLOCK))
+        if isinstance(format, LearnedTableFormat):
+            bits += 32 * format.num_codes
+        return bits + (0 if format.symmetric else num_code_bits(format, rows * groups))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,10 +155,10 @@ class Scheme:
             if match is None:
                 _unknown(name)
             weights, activations = _integers(name, int(match[1]), int(match[2]))
-        parsed = _Options(name, weights, activations)
+        parsed = _Options(name, base, weights, activations)
         for option in options.split("-") if options or name.endswith("-") else ():
             parsed.read(option)
-        return parsed.scheme(base)
+        return parsed.scheme()
 
     def __str__(self) -> str:
         weights = self.weights
@@ -155,7 +168,7 @@ class Scheme:
         if weights.scale == "nested":
             parts.append("dq")
         if weights.outliers:
-            parts.append(f"o{100 * weights.outliers:g}")
+            parts.append(f"o{(100 * Decimal(repr(weights.outliers))).normalize():f}")
         return "-".join([*parts, *self._activation_parts()])
 
     def _activation_parts(self) -> list[str]:
@@ -241,9 +254,11 @@ class _Options:
     """Reads the options of one name, each at most once."""
 
     name: str
+    base: str
     weights: WeightScheme
     activations: ActivationScheme | None
     seen: set[str] = field(default_factory=set[str])
+    time: str | None = None
 
     def read(self, option: str) -> None:
         weight_granularity = _read_granularity(option)
@@ -252,23 +267,26 @@ class _Options:
             self.weights = replace(self.weights, granularity=weight_granularity)
         elif option in ("sym", "asym"):
             self._once("symmetry")
+            if self.weights.scale != MODEL_SCALE:
+                self._refuse(f"'{option}': the weights of this family have their scales prescribed")
             self.weights = replace(self.weights, format=self._with_symmetry(self.weights.format, option == "sym"))
         elif option == "dq":
             self._once("dq")
             self._double_quantize()
-        elif re.fullmatch(r"o\d+(\.\d+)?", option):
+        elif re.fullmatch(r"o[0-9]+(\.[0-9]+)?", option):
             self._once("outliers")
-            self._keep_outliers(float(option[1:]) / 100)
+            self._keep_outliers(float(Decimal(option[1:]) / 100))
         elif option == "a16":
             self._once("activations")
-            self.activations = None
+            if self.base not in FAMILIES:
+                self._refuse("the bits of the activations are in the first part of the name (W4A16, W8A8)")
         else:
             self._read_activations(option)
 
     def _read_activations(self, option: str) -> None:
         acts = self.activations
         known = (*OBSERVER_NAMES, "static", "dynamic", "token", "acttensor", "actsym", "actasym")
-        sized = re.fullmatch(r"actg([1-9]\d*)", option)
+        sized = re.fullmatch(r"actg([1-9][0-9]*)", option)
         if option not in known and not sized:
             _unknown(self.name)
         if acts is None:
@@ -278,11 +296,9 @@ class _Options:
         if option in OBSERVER_NAMES:
             self._once("observer")
             self.activations = replace(acts, observer=option)
-        elif option == "static":
+        elif option in ("static", "dynamic"):
             self._once("time")
-            self.activations = replace(acts, observer=acts.observer or DEFAULT_OBSERVER)
-        elif option == "dynamic":
-            self._once("time")
+            self.time = option
         elif option in ("actsym", "actasym"):
             self._once("activation symmetry")
             format = self._with_symmetry(acts.format, option == "actsym")
@@ -292,14 +308,23 @@ class _Options:
             granularity = group(int(sized[1])) if sized else _TOKEN if option == "token" else _TENSOR
             self.activations = replace(acts, granularity=granularity)
 
-    def scheme(self, base: str) -> Scheme:
-        if self.activations is not None:
-            self.activations = self._settled(self.activations)
-        return Scheme(base=base, weights=self.weights, activations=self.activations)
+    def scheme(self) -> Scheme:
+        acts = self.activations
+        if "activations" in self.seen:
+            if self.seen & _ABOUT_ACTIVATIONS:
+                self._refuse("'a16' leaves the activations in 16 bit, and another option says how to quantize them")
+            acts = None
+        elif acts is not None and acts.scale == "float32":
+            acts = self._settled(acts)
+        return Scheme(base=self.base, weights=self.weights, activations=acts)
 
     def _settled(self, acts: ActivationScheme) -> ActivationScheme:
-        """Give static activations a granularity that needs no run-time statistics."""
-        if acts.scale != "float32" or acts.observer is None:
+        """Give static activations an observer, and a granularity that needs no run-time statistics."""
+        if self.time == "dynamic" and acts.observer is not None:
+            self._refuse(f"scales found at run time need no observer ({acts.observer}). Use static, or leave it out")
+        if self.time == "static" and acts.observer is None:
+            acts = replace(acts, observer=DEFAULT_OBSERVER)
+        if acts.observer is None:
             return acts
         if "activation granularity" in self.seen and acts.granularity.kind == "token":
             self._refuse("a static scale cannot be per token. Use dynamic, acttensor or actg<n>")
@@ -315,12 +340,12 @@ class _Options:
     def _double_quantize(self) -> None:
         if self.weights.scale not in (MODEL_SCALE, "float32") or not self.weights.format.symmetric:
             self._refuse("dq needs float scales and no zero point")
-        if isinstance(self.weights.format, IntegerFormat) or self.weights.format.name.startswith("kmeans"):
+        if isinstance(self.weights.format, IntegerFormat) or _has_codebooks(self.weights.format):
             self._refuse("dq stores unsigned scales, unlike those of integers and codebooks. Use nf4 or lut4")
         self.weights = replace(self.weights, scale="nested")
 
     def _keep_outliers(self, fraction: float) -> None:
-        if not self.weights.format.name.startswith("kmeans"):
+        if not _has_codebooks(self.weights.format):
             self._refuse("outliers are kept beside codebooks only (kmeans4)")
         if not 0 < fraction <= 0.05:
             self._refuse(f"outliers: {100 * fraction:g} % is outside (0, 5]. Published values are 0.05 to 0.45")
@@ -335,12 +360,17 @@ class _Options:
         raise RecipeError(f"scheme '{self.name}': {reason}.")
 
 
+def _has_codebooks(format: Format) -> bool:
+    """Whether rows or groups have tables of their own in place of scales."""
+    return isinstance(format, CodebookFormat) and not isinstance(format, LearnedTableFormat)
+
+
 def _read_granularity(option: str) -> Granularity | None:
     if option in ("channel", "tensor"):
         return _CHANNEL if option == "channel" else _TENSOR
-    if match := re.fullmatch(r"[gb]([1-9]\d*)", option):
+    if match := re.fullmatch(r"[gb]([1-9][0-9]*)", option):
         return group(int(match[1]))
-    if match := re.fullmatch(r"block([1-9]\d*)(?:x([1-9]\d*))?", option):
+    if match := re.fullmatch(r"block([1-9][0-9]*)(?:x([1-9][0-9]*))?", option):
         return Granularity(kind="block", block_rows=int(match[1]), group_size=int(match[2] or match[1]))
     return None
 

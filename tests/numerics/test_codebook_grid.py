@@ -103,11 +103,15 @@ def test_entries_are_fixed_points_at_any_spacing(entries: list[float]) -> None:
     assert bool((midpoints(table).diff(dim=-1) >= 0).all())
 
 
-@pytest.mark.parametrize("start", [1.0, -1.0, 2.0**-126, 3.4e38, 2.0**-149])
+@pytest.mark.parametrize("start", [1.0, 1.0 + 2.0**-23, -1.0, -1.0 - 2.0**-23, 2.0**-126, 3.4e38, 2.0**-149])
 def test_adjacent_floats_are_told_apart(start: float) -> None:
     first = torch.tensor(start)
     table = torch.stack([first, torch.nextafter(first, torch.tensor(math.inf))]).unsqueeze(0)
     assert nearest(table, table).tolist() == [[0, 1]]
+
+
+def test_borders_between_huge_entries_do_not_overflow() -> None:
+    assert nearest(torch.tensor([[2e38, 3.4e38]]), torch.tensor([[2.1e38, 3.3e38]])).tolist() == [[0, 1]]
 
 
 def test_equal_distance_goes_to_the_lower_entry() -> None:

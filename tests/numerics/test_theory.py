@@ -113,7 +113,7 @@ def test_the_grids_of_this_package_have_the_predicted_error(distribution: Distri
 def test_any_levels_and_thresholds_against_quadrature(
     distribution: Distribution, levels: list[float], shifts: list[float], scale: float
 ) -> None:
-    thresholds = [a + shift * (b - a) for (a, b), shift in zip(pairwise(levels), shifts, strict=False)]
+    thresholds = [min(b, a + shift * (b - a)) for (a, b), shift in zip(pairwise(levels), shifts, strict=False)]
     end = min(distribution.support, 30.0)
     borders = [-end, *(max(-end, min(end, scale * t)) for t in thresholds), end]
     expected = [0.0, 0.0]

@@ -10,8 +10,8 @@ apart. The rounding error of a value moves by at most one bin width when the val
 square error found is within one bin width of the true one.
 
 `entropy` compares distributions over bins, so that it sees no rounding error in cells as fine as bins: candidates keep
-at least as many bins as there are levels. It ignores how far a clipped value is from the range, which suits
-distributions whose tails carry no meaning; activations of language models usually want `mse`.
+at least as many bins as there are levels. It counts how many values are clipped, not how far: an outlier costs the same
+at ten and at a thousand times the range.
 
 Neither counts exact zeros where 0 is a level: every range represents them exactly. Otherwise their spike, half of all
 values after ReLU, would draw the divergence to whatever range separates it from its neighbours.

@@ -19,6 +19,7 @@ from bitwright.errors import BitwrightError
 
 INTERRUPTED = "interrupted; the same command resumes a quantize run"
 INTERRUPTED_STATUS = 130
+CATALOGUE_WIDTH = 160
 _UsageError: Any = (
     typer.BadParameter.__base__
 )  # typer's releases differ in which click, or copy of click, it comes from
@@ -38,28 +39,92 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the m
 @app.command()
 def inspect(
     model: Model,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to run: also find outliers, and what each format would lose and why.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 16,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window; at most 512 unless given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of windows.")] = 0,
     as_json: AsJson = False,
     device: Device = "cpu",
     quiet: Quiet = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show sites, groups, edges and sizes of a model, and what each common scheme would weigh."""
+    from bitwright.cli.outliers import outlier_tables
     from bitwright.cli.tables import inspection_tables
     from bitwright.pipeline import inspect as run
 
     with ProgressBars(quiet=quiet or as_json) as progress:
-        found = run(model, device=device, trust_remote_code=trust_remote_code, progress=progress)
+        found = run(
+            model,
+            calibration=calibration,
+            num_samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     if as_json:
         _print_json(found.to_json())
     elif not quiet:
-        _print(*inspection_tables(found))
+        _print(*inspection_tables(found), *outlier_tables(found.activity))
+
+
+@app.command()
+def formats(as_json: AsJson = False) -> None:
+    """List every number format: bits, levels, range, granularity, the exports that carry it, and its reference."""
+    from bitwright.catalogue import catalogue
+    from bitwright.cli.tables import formats_table
+
+    rows = catalogue()
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+    else:
+        _print(formats_table(rows), width=CATALOGUE_WIDTH)
+
+
+@app.command("testbed")
+def plant(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    channels: Annotated[int, typer.Option(min=1, help="Hidden channels that become outliers.")] = 4,
+    factor: Annotated[float, typer.Option(help="How much louder; a power of two.")] = 64.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of channels.")] = 0,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Plant activation outliers in a model without changing its function: a bed to test methods on."""
+    from bitwright.cli.outliers import testbed_table
+    from bitwright.testbed import plant_outliers
+
+    with ProgressBars(quiet=quiet or as_json) as progress:
+        planted = plant_outliers(
+            model,
+            out,
+            channels=channels,
+            factor=factor,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(planted.to_json())
+    elif not quiet:
+        _print(testbed_table(planted))
 
 
 @app.command()
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Run directory; the same command resumes an interrupted run.")],
-    scheme: Annotated[str | None, typer.Option(help="W<bits>A16[-g<size>|-channel|-tensor][-sym|-asym].")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="W4A16-g128, W8A8, nf4-b64-dq, fp8, mxfp4-a16 …; see bitwright formats.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="rtn or gptq.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]], stdlib, or self.")
@@ -72,6 +137,7 @@ def quantize(
     ragged: Annotated[
         str | None, typer.Option(help="Rows that the group size does not divide: auto, refuse, divisor.")
     ] = None,
+    layout: Annotated[str | None, typer.Option(help="How it is stored: auto, compressed-tensors or bitwright.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run left in --out.")] = False,
     device: Device = "cpu",
@@ -86,7 +152,7 @@ def quantize(
     from bitwright.recipe import Recipe, load_recipe
 
     calibrate = {"text": calibration, "num_samples": samples, "seqlen": seqlen, "seed": seed}
-    given: dict[str, Any] = {"scheme": scheme, "method": method, "ragged": ragged, "max_kl": max_kl}
+    given: dict[str, Any] = {"scheme": scheme, "method": method, "ragged": ragged, "layout": layout, "max_kl": max_kl}
     mapping = (Recipe() if recipe is None else load_recipe(recipe)).to_mapping()
     mapping.update({key: value for key, value in given.items() if value is not None})
     mapping["calibration"].update({key: value for key, value in calibrate.items() if value is not None})
@@ -158,7 +224,7 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="Finished run directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    to: Annotated[str, typer.Option(help="Format: compressed-tensors.")] = "compressed-tensors",
+    to: Annotated[str, typer.Option(help="compressed-tensors, or bitwright.")] = "compressed-tensors",
     verify: Annotated[
         bool, typer.Option(help="Load the export with its engine and compare weights and logits.")
     ] = True,
@@ -258,8 +324,10 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _print(*things: Any) -> None:
+def _print(*things: Any, width: int | None = None) -> None:
     console = Console()
+    if width is not None and not console.is_terminal:
+        console = Console(width=width)  # a pipe has no width of its own
     for thing in things:
         console.print(thing, soft_wrap=isinstance(thing, str), highlight=False)
 

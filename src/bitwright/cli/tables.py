@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from bitwright.catalogue import CatalogueRow
     from bitwright.demo import DemoRow
     from bitwright.evaluation.score import Score
     from bitwright.inspection import Inspection
@@ -42,6 +43,8 @@ def run_table(result: "QuantizeResult") -> Table:
     table.add_row(
         "bits per weight", f"{r['bits_per_weight']:.3f} over {r['num_quantized']} sites; {r['num_kept']} kept in 16 bit"
     )
+    table.add_row("if entropy coded", f"{r['ideal_bits_per_weight']:.3f} bits per weight")
+    table.add_row("stored as", ", ".join(r["layouts"]))
     table.add_row("bits per parameter", f"{r['model_bits_per_parameter']:.3f}, embeddings, norms and head included")
     table.add_row(
         "KL divergence", f"{_with_error(r['kl_mean'], r['kl_stderr'], 5)} nats/token, 99 %: {r['kl_p99']:.3f}"
@@ -119,6 +122,26 @@ def _scheme_table(found: "Inspection") -> Table:
             table.add_row(scheme.scheme, "–", "–", scheme.note)
         else:
             table.add_row(scheme.scheme, size(scheme.size_bytes), f"{scheme.bits_per_weight:.3f}", scheme.note)
+    return table
+
+
+def formats_table(rows: "Sequence[CatalogueRow]") -> Table:
+    """Every family of schemes."""
+    caption = (
+        "bpw: bits per weight with scales, for a 4096×4096 weight. Granularities: t tensor, c channel, g<n> groups, "
+        "b<n> blocks; the default first. CT: compressed-tensors, own: bitwright. docs/formats.md explains the options."
+    )
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    for column in ("--scheme", "bits", "levels", "range", "bpw", "granularity", "inputs", "exports", "what", "source"):
+        table.add_column(column, overflow="fold", no_wrap=column not in ("what", "source"))
+    for row in rows:
+        default, *others = row.granularities
+        letters = " ".join(other[0] for other in others)
+        exports = "CT, own" if len(row.exports) > 1 else "own"
+        table.add_row(
+            row.scheme, f"{row.bits:g}", str(row.levels), row.range, f"{row.bits_per_weight:.3f}",
+            f"{default} {letters}", row.activations, exports, row.about, row.reference,
+        )  # fmt: skip
     return table
 
 

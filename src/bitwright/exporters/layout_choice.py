@@ -4,11 +4,14 @@ compressed-tensors, where it holds every site, since transformers and vLLM read 
 own, for the whole model. A model has one quantization method.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+
+import torch
 
 from bitwright.errors import RecipeError, ShapeError
 from bitwright.model.layouts import own
-from bitwright.model.layouts.compressed_tensors import layout_of
+from bitwright.model.layouts.compressed_tensors import PACKED, layout_of
 from bitwright.model.layouts.stored import COMPRESSED_TENSORS
 from bitwright.model.sites import Site
 from bitwright.recipe import Layout, SitePlan
@@ -17,9 +20,22 @@ from bitwright.schemes import Scheme
 KEPT = "kept in 16 bit"
 
 
-def choose_layouts(sites: Sequence[Site], plan: Mapping[str, SitePlan], asked: Layout) -> dict[str, str]:
+def choose_layouts(
+    sites: Sequence[Site],
+    plan: Mapping[str, SitePlan],
+    asked: Layout,
+    *,
+    dtype: torch.dtype,
+    stored: Mapping[str, torch.dtype],
+) -> dict[str, str]:
     """Return the layout of every quantized site: names of compressed-tensors' layouts, or `bitwright` for all.
 
+    Args:
+        sites: of the model.
+        plan: what becomes of each.
+        asked: as in the recipe.
+        dtype: the model's, as its configuration says.
+        stored: of the weight of each site in the checkpoint, which its scales have too.
     Raises:
         ShapeError: transposed weights (GPT-2's Conv1D), which no layout holds.
         RecipeError: the layout asked for cannot hold a site, or transformers could not read it back.
@@ -31,8 +47,8 @@ def choose_layouts(sites: Sequence[Site], plan: Mapping[str, SitePlan], asked: L
                 f"{site.name}: stored as [in, out] (Conv1D), which compressed-tensors cannot hold. "
                 "Ignore it, or convert the model to Linear weights first."
             )
-    chosen = {site.name: layout_of(scheme, site.in_features) for site, scheme in quantized.items()}
-    problem = _ct_problem(sites, plan, quantized, chosen)
+    chosen = {site.name: layout_of(scheme, site.in_features, dtype) for site, scheme in quantized.items()}
+    problem = _ct_problem(sites, plan, quantized, chosen, dtype) or _dtype_problem(quantized, dtype, stored)
     if asked != own.NAME and problem is None:
         return {name: layout for name, layout in chosen.items() if layout is not None}
     own_problem = _own_problem(quantized)
@@ -44,10 +60,12 @@ def choose_layouts(sites: Sequence[Site], plan: Mapping[str, SitePlan], asked: L
 
 
 def carried_by(scheme: Scheme) -> tuple[str, ...]:
-    """Names of the exports that hold a scheme, on rows that its groups divide."""
-    size = scheme.weights.granularity.group_size or 1
-    ct = layout_of(scheme, 4 * size)
-    return (own.NAME,) if ct is None else (f"{COMPRESSED_TENSORS} ({ct})", own.NAME)
+    """Names of the exports that hold a scheme in a bfloat16 model, on rows that its groups divide."""
+    sizes = [scheme.weights.granularity.group_size or 1]
+    if scheme.activations is not None:
+        sizes.append(scheme.activations.granularity.group_size or 1)
+    layout = layout_of(scheme, math.lcm(*sizes), torch.bfloat16)
+    return (own.NAME,) if layout is None else (f"{COMPRESSED_TENSORS} ({layout})", own.NAME)
 
 
 def _ct_problem(
@@ -55,32 +73,49 @@ def _ct_problem(
     plan: Mapping[str, SitePlan],
     quantized: Mapping[Site, Scheme],
     chosen: Mapping[str, str | None],
+    dtype: torch.dtype,
 ) -> str | None:
     """Why compressed-tensors cannot hold the plan, or transformers (5.23) not read it; None if all is well.
 
     Transformers reads the experts of a 3-D parameter by one symmetric scheme of weights alone, and other weights with
-    zero points by one scheme.
+    packed zero points by one scheme.
     """
-    experts = {_treatment(plan[site.name]) for site in sites if site.index is not None}
-    if len(experts) > 1 or any(name == KEPT or "-asym" in name for name in experts):
+    experts = {plan[site.name].effective for site in sites if site.index is not None}
+    if len(experts) > 1 or any(scheme is not None and _has_zero_point(scheme) for scheme in experts):
+        names = ", ".join(sorted(KEPT if scheme is None else str(scheme) for scheme in experts))
         return (
-            f"experts: {', '.join(sorted(experts))}. Transformers reads the experts of this model only if all are "
-            "quantized by one symmetric scheme. Give them one, by a rule if the other sites have another."
+            f"experts: {names}. Transformers reads the experts of this model only if all are quantized by one symmetric "
+            "scheme. Give them one, by a rule if the other sites have another."
         )
     for site, scheme in quantized.items():
         if chosen[site.name] is None:
             return (
-                f"{site.name}: {scheme} with {site.in_features} columns cannot be held by compressed-tensors. "
-                "Use layout bitwright, or a scheme that `bitwright formats` lists for compressed-tensors."
+                f"{site.name}: {scheme} with {site.in_features} columns, in a {_name(dtype)} model, cannot be held by "
+                "compressed-tensors. Use layout bitwright, or a scheme that `bitwright formats` lists for it."
             )
-        if site.index is not None and (scheme.activations is not None or chosen[site.name] != "pack-quantized"):
+        if site.index is not None and (scheme.activations is not None or chosen[site.name] != PACKED):
             return f"{site.name}: experts in one 3-D parameter can be W<bits>A16 only, not {scheme}."
-    others = {str(scheme) for site, scheme in quantized.items() if site.index is None}
-    if len(others) > 1 and any("-asym" in name for name in others):
+    others = {scheme for site, scheme in quantized.items() if site.index is None}
+    packed = {scheme for site, scheme in quantized.items() if site.index is None and chosen[site.name] == PACKED}
+    if len(others) > 1 and any(_has_zero_point(scheme) for scheme in packed):
         return (
-            f"schemes {', '.join(sorted(others))}: transformers reads an asymmetric scheme only if all sites have it. "
-            "Use symmetric ones, one scheme whose group size divides every row (or channel), or layout bitwright."
+            f"schemes {', '.join(sorted(map(str, others)))}: transformers reads an asymmetric scheme only if all sites "
+            "have it. Use symmetric ones, one scheme whose group size divides every row (or channel), or layout "
+            "bitwright."
         )
+    return None
+
+
+def _dtype_problem(
+    quantized: Mapping[Site, Scheme], dtype: torch.dtype, stored: Mapping[str, torch.dtype]
+) -> str | None:
+    """Readers round every scale to the model's dtype, which changes scales of another."""
+    for site in quantized:
+        if stored[site.name] != dtype:
+            return (
+                f"{site.name}: stored in {_name(stored[site.name])} in a {_name(dtype)} model, to which transformers "
+                "rounds the scales. Use layout bitwright, or save the model in one dtype first."
+            )
     return None
 
 
@@ -94,5 +129,9 @@ def _own_problem(quantized: Mapping[Site, Scheme]) -> str | None:
     return None
 
 
-def _treatment(entry: SitePlan) -> str:
-    return KEPT if entry.scheme is None else str(entry.effective)
+def _has_zero_point(scheme: Scheme) -> bool:
+    return not scheme.weights.format.symmetric
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -57,7 +57,7 @@ class ModelWriter:
         replaced: set[str] = set()
         for site, result in quantized.items():
             for name, rows in self.pieces(site, result):
-                parts = encode(self.layouts[site.name], rows)
+                parts = encode(self.layouts[site.name], rows, self.checkpoint.stored[name].dtype)
                 tensors.update({f"{module_of(name)}.{part}": tensor for part, tensor in parts.items()})
                 replaced.add(name)
         tensors.update(self.checkpoint.read([name for name in stored_names if name not in replaced]))
@@ -88,7 +88,13 @@ class ModelWriter:
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
         config = dict(self.checkpoint.config)
+        if not config.get("dtype") and not config.get("torch_dtype"):
+            # Engines would take the first tensor's, which may be that of a scale.
+            config["dtype"] = str(self.checkpoint.dense_dtype).removeprefix("torch.")
         config["quantization_config"] = self.quantization_config(sites, plan)
+        config.pop("transformers_weights", None)  # another name of the original's weight file
+        if own.NAME in self.layouts.values():
+            config["transformers_weights"] = own.NEEDS_BITWRIGHT
         write_json_atomic(self.directory / "config.json", config)
         for file in sorted(self.checkpoint.path.iterdir()):
             if file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED and file.is_file():
@@ -117,9 +123,9 @@ class ModelWriter:
                 for (scheme, layout, are_experts), names in modules.items()
             ]
         config = ct_config(groups, sorted(self._linears() - quantized))
-        if not all(scheme.weights.format.symmetric for scheme, _, _ in modules):
-            # Tells transformers to dequantize as it reads. Otherwise it expects zero points that are not packed,
-            # because compressed-tensors 0.20 forgets to pack them on the meta device.
+        if any(_has_packed_zero_points(scheme, layout) for scheme, layout, _ in modules):
+            # Tells transformers to dequantize as it reads, and to leave inputs alone. Otherwise it expects zero points
+            # that are not packed, because compressed-tensors 0.20 forgets to pack them on the meta device.
             config["dequantize"] = True
         return config
 
@@ -134,9 +140,15 @@ class ModelWriter:
         return direct | tied
 
 
-def encode(layout: str, site: QuantizedSite) -> dict[str, Tensor]:
-    """Return the stored tensors of a site in a layout, by their names inside its module."""
-    return own.encode(site) if layout == own.NAME else compressed_tensors.encode(layout, site)
+def _has_packed_zero_points(scheme: Scheme, layout: str) -> bool:
+    return layout == compressed_tensors.PACKED and not scheme.weights.format.symmetric
+
+
+def encode(layout: str, site: QuantizedSite, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the stored tensors of a site in a layout, by their names inside its module; `dtype` of the original."""
+    if layout == own.NAME:
+        return {own.GUARD: own.guard(dtype), **own.encode(site)}
+    return compressed_tensors.encode(layout, site)
 
 
 def tensor_sizes(shard: Path) -> dict[str, int]:

@@ -6,8 +6,8 @@ import io
 import logging
 import math
 import shutil
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import MissingDependency, ResourceError, VerificationError
+from bitwright.exporters.engine_inputs import EngineModel
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.skeleton import CONSTRUCTION_ERRORS
 from bitwright.model.stream import StreamedModel
@@ -23,6 +24,8 @@ from bitwright.model.stream import StreamedModel
 PROBE_TOKENS = 64
 ROUNDINGS = 4
 """Roundings of the largest logit that one block may add; those of several blocks are independent and add as a root."""
+SHARE_OF_EFFECT = 0.05
+"""Of what quantized inputs do to the logits: how far those of another implementation may be (RMS)."""
 
 
 def copy_directory(source: Path, target: Path) -> None:
@@ -41,7 +44,8 @@ def copy_directory(source: Path, target: Path) -> None:
 def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
     """Load a directory with transformers; compare its weights and logits with our own reading of the same files.
 
-    Weights must be equal to the last bit; logits within the rounding of the stored type.
+    Weights must be equal to the last bit; logits within the rounding of the stored type. Where inputs are quantized,
+    rounding to the stored type would hide whether they are, so logits are then compared in float32.
 
     Raises:
         MissingDependency: the compressed-tensors package is not installed.
@@ -54,45 +58,104 @@ def verify_with_transformers(directory: Path, trust_remote_code: bool) -> dict[s
             "pip install 'bitwright[compressed-tensors]', or give --no-verify."
         )
     checkpoint = open_checkpoint(directory)
-    ours = StreamedModel(checkpoint, dtype=_stored_dtype(checkpoint), trust_remote_code=trust_remote_code)
-    _require_memory(ours)
+    ours = EngineModel(
+        checkpoint, dtype=checkpoint.dense_dtype, trust_remote_code=trust_remote_code, rounds_inputs=False
+    )
+    _require_memory(ours, torch.float32 if checkpoint.quantizes_inputs else ours.dtype)
     ids = torch.randint(
         int(ours.skeleton.model.config.get_text_config().vocab_size),
         (1, PROBE_TOKENS),
         generator=torch.Generator().manual_seed(0),
     )
-    theirs, found = _run_transformers(directory, ids, trust_remote_code=trust_remote_code)
-    compared = _compare_weights(theirs, ours)
+    theirs = _load(directory, trust_remote_code=trust_remote_code)
+    found = _logits(directory, theirs, ids)  # the first forward also puts dense weights in the place of packed ones
+    compared = {"engine": "transformers", "weights_compared": _compare_weights(theirs, ours)}
+    if checkpoint.quantizes_inputs:
+        return compared | _compare_quantized_inputs(checkpoint, theirs, ids, trust_remote_code=trust_remote_code)
     expected = ours.logits(ids)
+    return compared | _compare_logits(directory, found, expected, _rounding(ours, expected))
+
+
+def _compare_logits(directory: Path, found: Tensor, expected: Tensor, bound: float) -> dict[str, Any]:
     difference = float((found - expected).abs().max())
-    bound = ROUNDINGS * math.sqrt(ours.num_blocks) * torch.finfo(ours.dtype).eps * float(expected.abs().max())
     if not difference <= bound:
         raise VerificationError(
             f"{directory}: transformers' logits differ from ours by {difference:.3g}; rounding explains {bound:.3g}."
         )
-    return {
-        "engine": "transformers",
-        "weights_compared": compared,
-        "max_logit_difference": difference,
-        "logit_bound": bound,
+    return {"max_logit_difference": difference, "logit_bound": bound}
+
+
+def _compare_quantized_inputs(
+    checkpoint: Checkpoint, theirs: nn.Module, ids: Tensor, *, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Compare logits in float32 with a model that rounds inputs by the engine's formula.
+
+    What is left is the rounding of float32, and a code here and there that it changed. So the difference must be small
+    against what quantized inputs do to the logits: effects of independent sites add as a root, and an engine that
+    ignored one of 400 would be found.
+    """
+    ours = [
+        EngineModel(checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code, rounds_inputs=rounds_inputs)
+        for rounds_inputs in (True, False)
+    ]
+    expected, plain = (model.logits(ids) for model in ours)
+    # Transformers refuses to cast a quantized model. Its weights are dense by now, and what is cast is exact.
+    found = _logits(checkpoint.path, nn.Module.float(theirs), ids)
+    effect, difference = _rms(expected - plain), _rms(found - expected)
+    rounding = _rounding(ours[0], expected)
+    bound = rounding + SHARE_OF_EFFECT * effect
+    if not difference <= bound:
+        raise VerificationError(
+            f"{checkpoint.path}: transformers' logits differ from ours by {difference:.3g} (RMS), where quantized "
+            f"inputs change them by {effect:.3g} and rounding explains {bound:.3g}."
+        )
+    largest = rounding + float((expected - plain).abs().max())
+    return _compare_logits(checkpoint.path, found, expected, largest) | {
+        "rms_logit_difference": difference,
+        "rms_logit_bound": bound,
+        "rms_input_effect": effect,
     }
 
 
-def _run_transformers(directory: Path, ids: Tensor, *, trust_remote_code: bool) -> tuple[nn.Module, Tensor]:
-    """Load a directory and run it: the model, whose weights the forward has decompressed, and its logits [B, T, V]."""
+def _rounding(model: StreamedModel, logits: Tensor) -> float:
+    return ROUNDINGS * math.sqrt(model.num_blocks) * torch.finfo(model.dtype).eps * float(logits.abs().max())
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _load(directory: Path, *, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    with _silent():
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype="auto", trust_remote_code=trust_remote_code
+            )
+        except CONSTRUCTION_ERRORS as error:
+            raise VerificationError(f"{directory}: transformers cannot load it ({error}).") from None
+        return cast(nn.Module, model).eval()
+
+
+def _logits(directory: Path, model: nn.Module, ids: Tensor) -> Tensor:
+    """Run transformers' model: logits [B, T, V] in float32."""
+    with _silent(), torch.no_grad():
+        try:
+            return cast(Tensor, model(input_ids=ids).logits).float()
+        except CONSTRUCTION_ERRORS as error:
+            raise VerificationError(f"{directory}: transformers cannot run it ({error}).") from None
+
+
+@contextmanager
+def _silent() -> Generator[None, None, None]:
+    """Hide what transformers logs, and compressed-tensors' progress bars, which know no switch."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()), torch.no_grad():  # compressed-tensors' progress bars know no switch
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", trust_remote_code=trust_remote_code
-            ).eval()
-            return cast(nn.Module, model), cast(Tensor, model(input_ids=ids).logits).float()
-    except CONSTRUCTION_ERRORS as error:
-        raise VerificationError(f"{directory}: transformers cannot load it ({error}).") from None
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 
@@ -117,16 +180,8 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> int
     return len(expected)
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    counts: dict[torch.dtype, int] = {}
-    for info in checkpoint.stored.values():
-        if info.dtype.is_floating_point:
-            counts[info.dtype] = counts.get(info.dtype, 0) + 1
-    return max(counts, key=lambda dtype: counts[dtype])
-
-
-def _require_memory(model: StreamedModel) -> None:
-    needed = sum(parameter.numel() for parameter in model.skeleton.model.parameters()) * model.dtype.itemsize
+def _require_memory(model: StreamedModel, dtype: torch.dtype) -> None:
+    needed = sum(parameter.numel() for parameter in model.skeleton.model.parameters()) * dtype.itemsize
     available = psutil.virtual_memory().available
     if 1.2 * needed > available:
         raise ResourceError(

@@ -201,13 +201,12 @@ def _least_squares(tables: Tensor, matrix: Tensor, vector: Tensor) -> Tensor:
     old = tables.to(matrix.dtype)
     # An entry without codes has an empty row: the ridge keeps it where it is. It only shortens the others' moves.
     ridge = RIDGE * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(ridge.expand_as(old)))
+    factor, _ = torch.linalg.cholesky_ex(matrix + torch.diag_embed(ridge.expand_as(old)))
     new = (old - torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)).to(tables.dtype)
     moved = new.to(old.dtype) - old
     change = (moved * ((matrix @ moved.unsqueeze(-1)).squeeze(-1) + 2 * vector)).sum(-1, keepdim=True)
-    # Not where there is no factor, nor where an entry overflows the stored dtype.
-    better = (change < 0) & (failed == 0).unsqueeze(-1) & torch.isfinite(new).all(-1, keepdim=True)
-    return torch.where(better, new, tables)
+    # Rounding may have undone the gain. An entry that overflows makes the change infinite or NaN, never negative.
+    return torch.where(change < 0, new, tables)
 
 
 def _tile_sums(x: Tensor, height: int) -> Tensor:

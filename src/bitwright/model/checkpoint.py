@@ -25,8 +25,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.py"]
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -55,7 +55,7 @@ class Checkpoint:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
         self.config = config
-        self.stored = _scan_headers(path)
+        self.stored = scan_headers(_weight_files(path))
         quantization = config.get("quantization_config")
         self._quantization: StoredQuantization | None = from_config(quantization, path) if quantization else None
         self._parts = self._quantization.weights(self.stored) if self._quantization else {}
@@ -193,8 +193,12 @@ def _download(source: str) -> Path:
         raise CheckpointError(f"{source}: no such directory, and no such model on the hub ({reason}).") from None
 
 
-def _scan_headers(path: Path) -> dict[str, TensorInfo]:
-    files = _weight_files(path)
+def scan_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Return what safetensors files hold, by name.
+
+    Raises:
+        CheckpointError: a file that is truncated, corrupt or holds a dtype that is not supported.
+    """
     stored: dict[str, TensorInfo] = {}
     for file in files:
         try:

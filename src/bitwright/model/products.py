@@ -3,20 +3,32 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from bitwright.errors import StructureError
 from bitwright.kernels.reference import linear
 from bitwright.model.sites import StorageKey, storage_key
 from bitwright.numerics.inputs import QuantizedSite
 
+# Functions that multiply activations by a weight, with the names of their arguments in order: those of the activations,
+# of the weight and of what is added.
+_ARGUMENTS: dict[Any, tuple[tuple[str, ...], str, str, str]] = {
+    functional.linear: (("input", "weight", "bias"), "input", "weight", "bias"),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), (("input", "other"), "input", "other", "")),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), (("input", "mat2"), "input", "mat2", "")),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), (("input", "mat1", "mat2"), "mat1", "mat2", "input")),
+    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), (("input", "batch1", "batch2"), "batch1", "batch2", "input")),
+}
+
 
 class QuantizedProducts(TorchFunctionMode):
-    """Replaces `functional.linear(x, weight)` for weights known by their memory.
+    """Replaces products with weights known by their memory: those that `SiteCalls` sees, also stacks of experts.
 
     Args:
-        products: memory of a weight [O, I] -> what quantization makes of its site.
+        products: memory of a weight, [O, I] or transposed -> what quantization makes of its site.
     """
 
     def __init__(self, products: Mapping[StorageKey, QuantizedSite]) -> None:
@@ -28,10 +40,26 @@ class QuantizedProducts(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        if func is functional.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            weight = given["weight"]
-            site = self._products.get(storage_key(weight)) if isinstance(weight, Tensor) else None
-            if site is not None:
-                return linear(given["input"], site, given.get("bias"))
+        if func in _ARGUMENTS:
+            names, activations, weight, added = _ARGUMENTS[func]
+            given = dict(zip(names, args, strict=False)) | kwargs
+            x, matrix = given.get(activations), given.get(weight)
+            if isinstance(x, Tensor) and isinstance(matrix, Tensor) and self._is_quantized(matrix):
+                if (given.get("alpha", 1), given.get("beta", 1)) != (1, 1):
+                    raise StructureError(
+                        f"{func.__name__}: a scaled product of a quantized weight is not supported yet."
+                    )
+                return self._product(x, matrix, given.get(added))
         return func(*args, **kwargs)
+
+    def _is_quantized(self, weight: Tensor) -> bool:
+        return any(storage_key(each) in self._products for each in (weight if weight.ndim == 3 else [weight]))
+
+    def _product(self, x: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
+        if weight.ndim < 3:
+            return linear(x, self._products[storage_key(weight)], added)
+        experts: list[Tensor] = []
+        for inputs, matrix in zip(x.expand(len(weight), -1, -1), weight, strict=True):
+            site = self._products.get(storage_key(matrix))
+            experts.append(inputs @ matrix if site is None else linear(inputs, site))
+        return torch.stack(experts) if added is None else torch.stack(experts) + added

@@ -5,7 +5,9 @@ A format knows how one scaled number becomes a code and back. It knows nothing o
 with a class of this shape, plus one line in the table.
 """
 
+import math
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -84,6 +86,11 @@ class LevelFormat(Format, Protocol):
     def decode(self, codes: Tensor, zero_point: Tensor | None) -> Tensor:
         """Return values in units of the scale (float32)."""
         ...
+
+
+def num_code_bits(format: Format, num_codes: int) -> int:
+    """Bits that so many codes take when packed densely; of the decimal number `bits`, whatever its binary neighbour."""
+    return math.ceil(Fraction(str(format.bits)) * num_codes)
 
 
 def _table(entries: Iterable[Format]) -> Registry[Format]:

@@ -16,7 +16,7 @@ from bitwright.errors import ShapeError, VerificationError
 from bitwright.numerics.formats import Format, LevelFormat
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.scales import StoredScale
-from bitwright.numerics.table import TableFormat
+from bitwright.numerics.table import TABLES, TableFormat
 
 
 class AnyGrid(Protocol):
@@ -131,11 +131,11 @@ class Grid:
         codes = torch.empty(weight.shape, dtype=self.format.code_dtype, device=weight.device)
         for rows in self.granularity.row_chunks(weight):
             groups = self.granularity.split(weight[rows].float())
+            if not bool(torch.isfinite(groups).all()):
+                raise VerificationError("weight: NaN or Inf cannot be quantized. Repair the checkpoint.")
             scale, zero_point = self._factors(rows)
-            scaled = self._scaled(groups, scale)
-            if not bool(torch.isfinite(scaled).all()):
-                raise VerificationError("weight: NaN or Inf, or a value far outside the grid, cannot be quantized.")
-            chosen = self.format.encode(scaled, zero_point)
+            # A finite weight may be infinitely many steps large: it saturates like every value outside the range.
+            chosen = self.format.encode(self._scaled(groups, scale), zero_point)
             codes[rows] = self.granularity.join(chosen, rows.stop - rows.start, self.in_features)
         return codes
 
@@ -220,11 +220,14 @@ class Grid:
 
     @property
     def num_metadata_bits(self) -> int:
-        """Bits that scales and zero points take; a zero point takes as many bits as a code."""
-        if self.stored is not None:
-            return self.stored.num_bits
-        scale_bits = self.scale.numel() * torch.finfo(self.scale.dtype).bits
-        return scale_bits + (0 if self.zero_point is None else self.zero_point.numel() * round(self.format.bits))
+        """Bits that scales, zero points (each as many as a code) and a learned table (float32) take."""
+        plain = self.scale.numel() * torch.finfo(self.scale.dtype).bits
+        bits = plain if self.stored is None else self.stored.num_bits
+        if self.zero_point is not None:
+            bits += self.zero_point.numel() * round(self.format.bits)
+        if isinstance(self.format, TableFormat) and self.format not in TABLES:
+            bits += 32 * self.format.num_codes
+        return bits
 
     def to(self, device: torch.device | str) -> "Grid":
         """Return the same grid on a device."""

@@ -65,7 +65,15 @@ class QuantizedSite:
         return QuantizedSite(weight=self.weight.to(device), inputs=inputs)
 
 
-def static_grid(low: Tensor, high: Tensor, format: LevelFormat, granularity: Granularity, in_features: int) -> Grid:
+def static_grid(
+    low: Tensor,
+    high: Tensor,
+    format: LevelFormat,
+    granularity: Granularity,
+    in_features: int,
+    *,
+    scale: ScaleFormat = FLOAT32,
+) -> Grid:
     """Return the grid of a calibrated range.
 
     Args:
@@ -74,6 +82,7 @@ def static_grid(low: Tensor, high: Tensor, format: LevelFormat, granularity: Gra
         format: the codes.
         granularity: `tensor` (G = 1) or `columns`.
         in_features: I.
+        scale: how the checkpoint will store the scale.
     Raises:
         RecipeError: another granularity.
     """
@@ -82,4 +91,4 @@ def static_grid(low: Tensor, high: Tensor, format: LevelFormat, granularity: Gra
     # The two ends of each range, spread over a group's columns, are a matrix whose min-max grid is the one wanted.
     width = granularity.columns_per_group(in_features)
     ends = torch.stack([low, high]).float().repeat_interleave(width, dim=1)[:, :in_features]
-    return fit_grid(ends, format, granularity, method="minmax")
+    return fit_grid(ends, format, granularity, method="minmax", scale=scale)

@@ -9,7 +9,8 @@ weights, which makes k-means far easier than in space:
   that takes O(K n²), so it runs over at most 128 bins of neighbouring weights. Rows of up to 128 different weights get
   the optimum; longer ones a start that differs from it by how bins are cut, and Lloyd's iterations move those cuts.
 
-Several starts are refined and the best is kept per row, after its entries have been rounded to the stored dtype.
+A second start gives each entry one bin, which is exact where there are no more values than entries. Both are refined,
+and the best table is kept per row, after its entries have been rounded to the stored dtype.
 
 Legend: O out features, I in features, R rows of tables, G groups, N tables worked on at once, n weights that share one,
 K entries of a table, M bins.
@@ -27,7 +28,7 @@ from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.linalg import wide_dtype
 
 # The shortest path takes K · M² steps per table, and M must exceed K several times: too long for large tables, which
-# start from bins and from even spacing only, and end further from their optimum.
+# start from bins only and end further from their optimum.
 PATH_BINS = 128
 MAX_PATH_ENTRIES = 32
 # Tables whose [M + 1, M + 1] costs are held at once: 4 MiB on a CPU, so that they stay in its caches.
@@ -167,13 +168,10 @@ def _learn(points: _Points, num_entries: int, dtype: torch.dtype, iterations: in
 
 
 def _starts(points: _Points, num_entries: int) -> Iterator[Tensor]:
-    """Yield tables [N, K] to begin with: the path, one bin per entry (exact for few values), even spacing."""
+    """Yield tables [N, K] to begin with: the path, where it is short enough, and one bin per entry."""
     if num_entries <= MAX_PATH_ENTRIES:
         yield points.centres(_shortest_path(points, num_entries))
     yield points.centres(_bins(points, num_entries))
-    low, high = points.x[:, :1], points.x[:, -1:]
-    middles = (torch.arange(num_entries, dtype=points.x.dtype, device=points.x.device) + 0.5) / num_entries
-    yield low + (high - low) * middles
 
 
 def _lloyd(points: _Points, levels: Tensor, iterations: int) -> Tensor:

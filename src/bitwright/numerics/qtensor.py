@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import ShapeError
+from bitwright.numerics.formats import num_code_bits
 from bitwright.numerics.grid import AnyGrid
 from bitwright.numerics.outliers import SparseOutliers
 
@@ -65,7 +66,7 @@ class QTensor:
     @property
     def num_code_bits(self) -> int:
         """Bits of the packed codes."""
-        return round(self.codes.numel() * self.grid.format.bits)
+        return num_code_bits(self.grid.format, self.codes.numel())
 
     @property
     def num_bits_total(self) -> int:

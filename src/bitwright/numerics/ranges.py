@@ -19,8 +19,10 @@ from bitwright.errors import RecipeError, ShapeError, VerificationError
 from bitwright.numerics.formats import LevelFormat
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
+from bitwright.numerics.level_ranges import absmean, twn
 from bitwright.numerics.linalg import wide_dtype
-from bitwright.numerics.scales import BoundScale, FloatScale, ScaleFormat
+from bitwright.numerics.scales import MIN_SCALE, BoundScale, FloatScale, ScaleFormat
+from bitwright.numerics.table import TableFormat
 from bitwright.registry import Registry
 
 # Factors on the largest magnitude. From 1 to 0.4, where the optimum of 3 to 8 bits lies, in steps of 0.0125, finer than
@@ -185,6 +187,8 @@ def mse(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tenso
 RANGE_METHODS.register("minmax", minmax)
 RANGE_METHODS.register("percentile", percentile(99.9))
 RANGE_METHODS.register("mse", mse)
+RANGE_METHODS.register("absmean", absmean)
+RANGE_METHODS.register("twn", twn)
 
 
 def _cover(low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor | None]:
@@ -193,11 +197,36 @@ def _cover(low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale) ->
     low, high = low.to(wide), high.to(wide)
     if not format.symmetric:
         return _affine(low, high, format, bound)
-    upright = torch.maximum(high / format.max_value, low / format.min_value)
+    upright = torch.maximum(_steps(high, format.max_value), _steps(-low, -format.min_value))
     if not bound.signed:
-        return bound.round(upright), None
-    flipped = torch.maximum(-high / format.min_value, -low / format.max_value)
-    return bound.round(torch.where(flipped < upright, -flipped, upright)), None
+        return _rounded(upright, format, bound), None
+    flipped = torch.maximum(_steps(high, -format.min_value), _steps(-low, format.max_value))
+    return _rounded(torch.where(flipped < upright, -flipped, upright), format, bound), None
+
+
+def _steps(reach: Tensor, level: float) -> Tensor:
+    """The step [R, G] at which a level reaches so far; 0 where the format has no level on that side of 0."""
+    return reach / level if level > 0 else torch.zeros_like(reach)
+
+
+def _rounded(step: Tensor, format: LevelFormat, bound: BoundScale) -> Tensor:
+    """Round steps to storage. Without a level 0 only the smallest scale brings a group of zeros close to 0."""
+    if not _has_zero(format):
+        step = torch.where(step == 0, torch.full_like(step, MIN_SCALE[torch.float32]), step)
+    return bound.round(step)
+
+
+def _has_zero(format: LevelFormat) -> bool:
+    return not format.symmetric or float(format.snap(torch.zeros(1), None)) == 0
+
+
+def _reach(format: LevelFormat) -> float:
+    """The level that a search brings the largest magnitude to.
+
+    Of integers the restricted range's, so that the full range can only gain from its extra code. The two ends of a
+    learned table may differ at will, and one may even lie on the other side of 0; its farther end counts.
+    """
+    return max(-format.min_value, format.max_value) if isinstance(format, TableFormat) else format.max_value
 
 
 def _candidates(
@@ -213,12 +242,11 @@ def _candidates(
             for shift in (0, -1, 1):
                 yield scale, (zero_point + shift).clamp_(int(format.min_value), int(format.max_value))
         return
-    # The candidates are those of the restricted range, so that the full range can only gain from its extra code.
-    reach = torch.maximum(high, -low) / format.max_value
+    reach = torch.maximum(high, -low) / _reach(format)
     signs = (1.0, -1.0) if bound.signed and format.min_value != -format.max_value else (1.0,)
     for factor in factors:
         for sign in signs:
-            yield bound.round(reach * (sign * factor)), None
+            yield _rounded(reach * (sign * factor), format, bound), None
 
 
 def _affine(low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor]:
@@ -299,7 +327,7 @@ def _largest_step(weight: Tensor, format: LevelFormat) -> Tensor:
     largest = torch.maximum(-low, high).to(wide_dtype(weight.device))
     if not bool(torch.isfinite(largest)):
         raise VerificationError("fit_grid: the weight holds NaN or Inf. Repair the checkpoint; it cannot be quantized.")
-    return largest / format.max_value
+    return largest / _reach(format)
 
 
 def _root(importance: Tensor, weight: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Results:
     reference_perplexity: Figure
     gate_tokens: Figure
     bits_per_weight: Figure
+    ideal_bits_per_weight: Figure
     model_bits_per_parameter: Figure
     size_bytes: Figure
     original_size_bytes: Figure
@@ -62,6 +63,7 @@ class SiteFact:
     scheme: str
     method: str
     bits_per_weight: Figure
+    ideal_bits_per_weight: Figure
     num_weights: Figure
     weight_sqnr_db: Figure
     output_sqnr_db: Figure

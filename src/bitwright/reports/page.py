@@ -30,6 +30,7 @@ FILTERS: Mapping[str, Callable[..., str]] = {
 }
 SITE_DIGITS = {
     "bits_per_weight": 3,
+    "ideal_bits_per_weight": 3,
     "weight_sqnr_db": 2,
     "output_sqnr_db": 2,
     "saturated": 4,

@@ -24,12 +24,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from bitwright.errors import CheckpointError
 from bitwright.model.layouts.own import INPUT, decode_inputs, encode_inputs
 from bitwright.numerics.formats import FORMATS, Format, LevelFormat
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.inputs import QuantizedSite
-from bitwright.numerics.integer import IntegerFormat
+from bitwright.numerics.integer import MAX_BITS, IntegerFormat
 from bitwright.numerics.nibbles import pack_low_first, unpack_low_first
 from bitwright.numerics.packing import pack, unpack
 from bitwright.numerics.qtensor import QTensor
@@ -45,27 +46,32 @@ _BLOCK_SCALED = {
     ("fp4-e2m1", "e8m0", 32): MXFP4,
     ("fp4-e2m1", "e4m3", 16): NVFP4,
 }
+_INPUT_FLOATS = (
+    ("fp8-e4m3", "float32"), ("fp8-e4m3", "e8m0"), ("fp6-e2m3", "e8m0"), ("fp4-e2m1", "e8m0"), ("fp4-e2m1", "e4m3"),
+)  # fmt: skip
 _FLOAT_BITS = {"fp8-e4m3": 8, "fp6-e2m3": 6, "fp4-e2m1": 4}
 _FLOATS = {bits: name for name, bits in _FLOAT_BITS.items()}
 _SCALE_DTYPES = {"e8m0": "torch.uint8", "e4m3": "torch.float8_e4m3fn"}
 
 
-def layout_of(scheme: Scheme, in_features: int) -> str | None:
-    """Return the layout that holds a weight with rows of `in_features`; None if none does."""
-    weights = scheme.weights
-    granularity = weights.granularity
-    size = granularity.group_size
-    if weights.outliers or not _holds_inputs(scheme.activations):
+def layout_of(scheme: Scheme, in_features: int, dtype: torch.dtype) -> str | None:
+    """Return the layout that holds a weight with rows of `in_features`; None if none does.
+
+    Args:
+        dtype: the model's. Readers round scales to it, and make bfloat16 of FP4 and MX whatever it is.
+    """
+    weights, acts = scheme.weights, scheme.activations
+    size = weights.granularity.group_size
+    ragged = weights.granularity.kind == "group" and size is not None and in_features % size != 0
+    if ragged or weights.outliers or not _holds_inputs(acts, in_features):
         return None
-    if granularity.kind == "group" and in_features % granularity.columns_per_group(in_features):
-        return None
-    if isinstance(weights.format, IntegerFormat) and weights.scale == MODEL_SCALE and granularity.kind != "block":
-        return INT if weights.format.bits == 8 and scheme.activations is not None else PACKED
+    if isinstance(weights.format, IntegerFormat):
+        return _integer_layout(weights, acts) if weights.scale == MODEL_SCALE else None
     if weights.format.name == "fp8-e4m3" and weights.scale == MODEL_SCALE:
         return FLOAT
-    if granularity.kind == "group" and size is not None and size <= in_features:
-        return _BLOCK_SCALED.get((weights.format.name, weights.scale, size))
-    return None
+    if weights.granularity.kind != "group" or size is None or dtype != torch.bfloat16:
+        return None
+    return _BLOCK_SCALED.get((weights.format.name, weights.scale, size))
 
 
 def arguments(scheme: Scheme, layout: str) -> dict[str, Any]:
@@ -94,6 +100,26 @@ def encode(layout: str, site: QuantizedSite) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
+def needed_tensors(layout: str, arguments: Mapping[str, Any]) -> set[str]:
+    """Return the tensors that a module of this layout must have, by their names inside it.
+
+    Engines make up those that are missing: zeros for zero points, garbage for global scales.
+    """
+    weights, acts = arguments["weights"], arguments.get("input_activations")
+    needed = {"weight_scale", "weight_packed" if "pack" in layout else "weight"}
+    if layout == PACKED:
+        needed.add("weight_shape")
+    if layout == NVFP4:
+        needed.add("weight_global_scale")
+    if not weights.get("symmetric", True):
+        needed.add("weight_zero_point")
+    if acts is not None and acts.get("dynamic") == "local":
+        needed.add("input_global_scale")
+    if acts is not None and not acts.get("dynamic"):
+        needed |= {"input_scale"} | (set() if acts.get("symmetric", True) else {"input_zero_point"})
+    return needed
+
+
 def decode(layout: str, arguments: Mapping[str, Any], stored: Mapping[str, Tensor]) -> QuantizedSite:
     """Undo `encode`.
 
@@ -101,6 +127,8 @@ def decode(layout: str, arguments: Mapping[str, Any], stored: Mapping[str, Tenso
         layout: one of `LAYOUTS`.
         arguments: an entry of `config_groups`.
         stored: tensors by their names inside the module.
+    Raises:
+        CheckpointError: floats of another format than the layout's.
     """
     weights = weight_scheme(arguments["weights"], layout)
     format = cast(LevelFormat, weights.format)
@@ -168,13 +196,26 @@ def input_scheme(arguments: Mapping[str, Any] | None) -> ActivationScheme | None
     return ActivationScheme(format=cast(LevelFormat, format), granularity=granularity, scale=scale, observer=observer)
 
 
-def _holds_inputs(acts: ActivationScheme | None) -> bool:
+def _integer_layout(weights: WeightScheme, acts: ActivationScheme | None) -> str | None:
+    if acts is not None and int(weights.format.bits) == MAX_BITS:
+        return INT
+    # Packed zero points are read only where all is dequantized at once, inputs and all.
+    readable = weights.format.symmetric or acts is None
+    return PACKED if readable and weights.granularity.kind != "block" else None
+
+
+def _holds_inputs(acts: ActivationScheme | None, in_features: int) -> bool:
     """Whether `input_activations` can say what happens to the inputs."""
     if acts is None:
         return True
+    granularity = acts.granularity
+    if granularity.kind == "group":
+        fits = granularity.group_size is not None and in_features % granularity.group_size == 0
+    else:
+        fits = granularity.kind in ("token", "tensor")
     if isinstance(acts.format, IntegerFormat):
-        return acts.granularity.kind != "columns" and acts.scale == "float32"
-    return acts.format.name in _FLOAT_BITS and (acts.granularity.kind != "columns")
+        return fits and acts.scale == "float32"
+    return fits and (acts.format.name, acts.scale) in _INPUT_FLOATS
 
 
 def _number(format: Format, granularity: Granularity, scale: str) -> dict[str, Any]:
@@ -245,6 +286,8 @@ def _decode_codes(layout: str, stored: Mapping[str, Tensor], format: Format, in_
         codes = stored["weight"]
         return codes if format.symmetric else (codes.to(torch.int16) + _half(format)).to(torch.uint8)
     if layout in (FLOAT, MXFP8):
+        if stored["weight"].dtype != torch.float8_e4m3fn:
+            raise CheckpointError(f"{layout}: weights of {stored['weight'].dtype}, which engines take for E4M3.")
         return stored["weight"].view(torch.uint8)
     if layout == MXFP6:
         packed = stored["weight_packed"]

@@ -1,5 +1,6 @@
 """bitwright's own layout: it holds every format, and `import bitwright` teaches transformers to load and run it.
 
+    <module>.weight                   [0] in the model's dtype: a guard, of a shape that no dense weight has
     <module>.weight_codes             int32 [O, ceil(I bits / 32)], a bitstream per row; ternary: uint8 [O, ceil(I / 5)]
     <module>.weight_shape             int64 [2]
     <module>.weight_scale             as the scale format stores it, with its further tensors beside it
@@ -11,34 +12,50 @@
     <module>.input_global_scale       float32 [1]; the level above dynamic FP8 scales
 
 Stored codes count from 0: `min_code` is subtracted. The scheme, by name, is in the configuration.
+
+Without bitwright transformers must not load such a model: it would warn, and fill the weights with random numbers. Two
+things make it refuse. The configuration's `transformers_weights`, the name of the weight file, holds `NEEDS_BITWRIGHT`
+instead, which transformers quotes in its error. And where that entry is lost, as when a model is saved again, the
+guards do not fit the shapes of the weights.
+
+Legend: O out features, I in features, R rows of scales, G groups, K entries of a table, n outliers.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from bitwright.numerics.block_scales import BoundFp8Scale, FixedFp8Scale, MxInputScale
-from bitwright.numerics.codebook_grid import CodebookFormat, CodebookGrid, LearnedTableFormat
+from bitwright.errors import CheckpointError
+from bitwright.numerics.block_scales import BoundFp8Scale, FixedFp8Scale, Fp8Scale, MxInputScale
+from bitwright.numerics.codebook_grid import STORED_DTYPES, CodebookFormat, CodebookGrid, LearnedTableFormat
 from bitwright.numerics.formats import Format, LevelFormat
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.inputs import InputQuantizer, QuantizedSite
 from bitwright.numerics.learned_table import table_format
 from bitwright.numerics.minifloat import MinifloatFormat
+from bitwright.numerics.nested import NestedScale
 from bitwright.numerics.outliers import SparseOutliers
 from bitwright.numerics.packing import num_words, pack, unpack
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scale_formats import SCALE_FORMATS
-from bitwright.numerics.scales import ScaleFormat
+from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.numerics.ternary import TernaryFormat
-from bitwright.numerics.trits import pack_trits, unpack_trits
-from bitwright.schemes import MODEL_SCALE, ActivationScheme, Scheme
+from bitwright.numerics.trits import num_trit_bytes, pack_trits, unpack_trits
+from bitwright.schemes import MODEL_SCALE, ActivationScheme, Scheme, WeightScheme
 
 NAME = "bitwright"
 WEIGHT, INPUT = "weight_", "input_"
+GUARD = "weight"
+NEEDS_BITWRIGHT = (
+    "this model needs the package bitwright: pip install bitwright, then `import bitwright` before from_pretrained"
+)
+Stored: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a stored tensor."""
+_Allowed: TypeAlias = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 
 
 def encode(site: QuantizedSite) -> dict[str, Tensor]:
@@ -86,14 +103,101 @@ def unpack_codes(packed: Tensor, format: Format, n: int) -> Tensor:
     return (unpack(packed, int(format.bits), n).to(torch.int16) + format.min_code).to(format.code_dtype)
 
 
-def stored_shapes(
-    scheme: Scheme, out_features: int, in_features: int
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the packed codes: what an empty module must offer before its tensors are read."""
-    format = scheme.weights.format
+def guard(dtype: torch.dtype) -> Tensor:
+    """Return what stands under the name of the dense weight."""
+    return torch.empty(0, dtype=dtype)
+
+
+def needed_tensors(scheme: Scheme) -> set[str]:
+    """Return the names, inside its module, of the tensors that every weight in a scheme has."""
+    return set(_expected(scheme, 1, 1))
+
+
+def check_stored(module: str, scheme: Scheme, out_features: int, in_features: int, found: Mapping[str, Stored]) -> None:
+    """Compare what is stored of a weight [O, I] with what `encode` and `guard` write for its scheme.
+
+    Args:
+        module: for messages.
+        scheme: with the granularity that was really used.
+        out_features: O.
+        in_features: I.
+        found: shapes and dtypes by the names inside the module.
+    Raises:
+        CheckpointError: a tensor is missing, one too many, or of another shape or dtype.
+    """
+    expected = _expected(scheme, out_features, in_features)
+    if scheme.weights.outliers:
+        expected |= _expected_outliers(found, out_features)
+    for name in sorted(expected.keys() ^ found.keys()):
+        problem = "is missing" if name in expected else "is not part of it"
+        raise CheckpointError(f"{module}.{name}: {problem}; the module is in {scheme}. Obtain the checkpoint again.")
+    for name, (shape, dtypes) in expected.items():
+        found_shape, dtype = found[name]
+        if found_shape != shape or dtype not in dtypes:
+            raise CheckpointError(
+                f"{module}.{name}: {dtype} {list(found_shape)}, but a weight [{out_features}, {in_features}] in "
+                f"{scheme} has {' or '.join(map(str, dtypes))} {list(shape)}. The files do not belong together."
+            )
+
+
+def _expected(scheme: Scheme, num_rows: int, in_features: int) -> dict[str, _Allowed]:
+    """All tensors but the outliers, whose number shapes do not tell."""
+    weights = scheme.weights
+    format, granularity = weights.format, weights.granularity
+    rows, groups = granularity.scale_shape(num_rows, in_features)
+    expected: dict[str, _Allowed] = {GUARD: ((0,), STORED_DTYPES), "weight_shape": ((2,), (torch.int64,))}
     if isinstance(format, TernaryFormat):
-        return {"weight_codes": ((out_features, -(-in_features // 5)), torch.uint8)}
-    return {"weight_codes": ((out_features, num_words(in_features, int(format.bits))), torch.int32)}
+        expected["weight_codes"] = ((num_rows, num_trit_bytes(in_features)), (torch.uint8,))
+    else:
+        expected["weight_codes"] = ((num_rows, num_words(in_features, int(format.bits))), (torch.int32,))
+    if isinstance(format, CodebookFormat) and not isinstance(format, LearnedTableFormat):
+        expected["weight_codebook"] = ((rows, groups, format.num_codes), STORED_DTYPES)
+    else:
+        expected |= {WEIGHT + name: entry for name, entry in _expected_scales(weights, rows, groups).items()}
+    if isinstance(format, LearnedTableFormat):
+        expected["weight_table"] = ((format.num_codes,), (torch.float32,))
+    if not format.symmetric:
+        expected["weight_zero_point"] = ((rows, num_words(groups, int(format.bits))), (torch.int32,))
+    if scheme.activations is not None:
+        inputs = _expected_inputs(scheme.activations, in_features)
+        expected |= {INPUT + name: entry for name, entry in inputs.items()}
+    return expected
+
+
+def _expected_scales(weights: WeightScheme, rows: int, groups: int) -> dict[str, _Allowed]:
+    shape, one = (rows, groups), ((1,), (torch.float32,))
+    scale = None if weights.scale == MODEL_SCALE else SCALE_FORMATS[weights.scale]
+    if scale is None or isinstance(scale, FloatScale):
+        return {"scale": (shape, STORED_DTYPES if scale is None else (scale.dtype,))}
+    if isinstance(scale, Fp8Scale):
+        return {"scale": (shape, (torch.float8_e4m3fn,)), "global_scale": one}
+    expected: dict[str, _Allowed] = {"scale": (shape, (torch.uint8,))}
+    if isinstance(scale, NestedScale):
+        blocks = -(-rows * groups // scale.block)
+        expected |= {"nested_absmax": ((blocks,), (torch.float32,)), "nested_offset": one}
+    return expected
+
+
+def _expected_inputs(acts: ActivationScheme, in_features: int) -> dict[str, _Allowed]:
+    if acts.observer is None:
+        return {}
+    if not acts.is_static:
+        return {"global_scale": ((1,), (torch.float32,))}
+    shape = (acts.granularity.num_groups(in_features),)
+    expected: dict[str, _Allowed] = {"scale": (shape, (torch.float32,))}
+    return expected if acts.format.symmetric else expected | {"zero_point": (shape, (torch.int32,))}
+
+
+def _expected_outliers(found: Mapping[str, Stored], num_rows: int) -> dict[str, _Allowed]:
+    """The tensors of either layout of outliers, as long as the values that were found."""
+    shape = found["weight_outlier_value"][0] if "weight_outlier_value" in found else (0,)
+    parts: dict[str, _Allowed] = {"value": (shape, STORED_DTYPES)}
+    if "weight_outlier_index" in found:
+        parts["index"] = (shape, (torch.int32, torch.int64))
+    else:
+        parts["row_start"] = ((num_rows + 1,), (torch.int32,))
+        parts["column"] = (shape, (torch.uint16, torch.int32))
+    return {f"weight_outlier_{name}": entry for name, entry in parts.items()}
 
 
 def decode_inputs(acts: ActivationScheme, given: Mapping[str, Tensor], in_features: int) -> InputQuantizer:

@@ -122,14 +122,12 @@ class CtQuantization:
                     "supported. Quantize the original with a static order."
                 )
             self._check_version(module)
-            parts = [part for part in CT_PARTS if f"{module}.{part}" in names]
-            _, layout, _ = self._group(module)
-            needed = {"weight_packed" if "pack" in layout else "weight"} | (
-                {"weight_shape"} if layout == compressed_tensors.PACKED else set()
-            )
-            if missing := sorted(needed - set(parts)):
-                raise CheckpointError(f"{self.path}: {module} has no {missing[0]}; the file is incomplete.")
-            found[f"{module}.weight"] = [f"{module}.{part}" for part in parts]
+            parts = [f"{module}.{part}" for part in CT_PARTS if f"{module}.{part}" in names]
+            _, layout, entry = self._group(module)
+            needed = compressed_tensors.needed_tensors(layout, entry)
+            if missing := sorted(f"{module}.{part}" for part in needed if f"{module}.{part}" not in parts):
+                raise CheckpointError(f"{self.path}: {missing[0]} is missing; the file is incomplete.")
+            found[f"{module}.weight"] = parts
         return found
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -193,13 +191,12 @@ class OwnQuantization:
         found: dict[str, list[str]] = {f"{module}.weight": [] for module in self.schemes}
         for name in sorted(stored):
             module, _, leaf = name.rpartition(".")
-            if f"{module}.weight" in found and leaf.startswith((own.WEIGHT, own.INPUT)):
+            if f"{module}.weight" in found and (leaf == own.GUARD or leaf.startswith((own.WEIGHT, own.INPUT))):
                 found[f"{module}.weight"].append(name)
-        for name, parts in found.items():
-            module = module_of(name)
-            for needed in (f"{module}.weight_codes", f"{module}.weight_shape"):
-                if needed not in parts:
-                    raise CheckpointError(f"{self.path}: {needed} is missing; the file is incomplete.")
+        for module, scheme in self.schemes.items():
+            needed = {f"{module}.{leaf}" for leaf in own.needed_tensors(scheme)}
+            if missing := sorted(needed - set(found[f"{module}.weight"])):
+                raise CheckpointError(f"{self.path}: {missing[0]} is missing; the file is incomplete.")
         return found
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
