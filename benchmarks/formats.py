@@ -5,7 +5,7 @@
 Each cell is a scheme and a method: `rtn` rounds to nearest, with the scales of least squared error and no data;
 `absmax` is the same with scales from the largest weight; `weighted` weights the squared error by the mean square of
 the inputs on calibration text; `gptq` also compensates rounding errors. Every cell is quantized into a run of its own
-and read back from disk. What is measured is kept in the results' JSON file and not measured again; `--fresh` forgets it.
+and read back from disk. What the results' JSON file holds is not measured again unless `--fresh` is given.
 
 For models that fit into memory beside their logits: those of the original are computed once and kept.
 """
@@ -36,7 +36,6 @@ from bitwright.errors import BitwrightError
 from bitwright.evaluation.score import Scorer
 from bitwright.evaluation.streamed import final_hidden
 from bitwright.model.stream import StreamedModel
-from bitwright.numerics.integer import IntegerFormat
 from bitwright.pipeline import model_directory, quantize
 from bitwright.preparation import model_sites, open_model, text_windows
 from bitwright.progress import no_progress
@@ -56,38 +55,40 @@ METHODS: dict[str, tuple[str, RangeMethod]] = {
 }  # fmt: skip
 # "base: granularities and options: methods"; "" stands for the base alone.
 WEIGHT_CELLS = """
-    W8A16: channel g128 g32: rtn
+    W8A16: channel g32: rtn
     W8A16: channel: weighted
-    W6A16 W5A16: channel g128 g64 g32: rtn
-    W5A16: channel g128 g64: weighted gptq
+    W6A16: channel g64: rtn
+    W5A16: channel g128 g64 g32: rtn
+    W5A16: channel: gptq
     W4A16: tensor block128 block32 block16 channel g128 g64 g32 g16: rtn weighted
-    W4A16: channel-asym g128-asym g64-asym g32-asym: rtn weighted
-    W4A16: channel g128 g64 g32: absmax gptq
-    W4A16: g128-asym: gptq
-    W3A16: block32 channel g128 g64 g32 g16 channel-asym g128-asym g64-asym g32-asym: rtn weighted
-    W3A16: channel g128 g64 g32: gptq
-    W2A16: block16 channel g128 g64 g32 g16 g64-asym g32-asym g16-asym: rtn weighted
+    W4A16: channel-asym g128-asym g64-asym: rtn weighted
+    W4A16: g128 g64: absmax
+    W4A16: channel g128 g64 g32 g128-asym: gptq
+    W3A16: block32 channel g128 g64 g32 g16 g64-asym: rtn weighted
+    W3A16: channel g64: gptq
+    W2A16: block16 channel g128 g64 g32 g16 g32-asym: rtn weighted
     W2A16: g64 g32: gptq
     nf4: g64 g32 g64-dq g32-dq: rtn absmax weighted
     nf4: g64-dq: gptq
-    nf3 nf2: g64 g32 g64-dq g32-dq: rtn weighted
-    fp4-bnb: g64 g64-dq g32-dq: rtn absmax
+    nf3 nf2: g64 g32-dq: rtn
+    nf3 nf2: g64-dq: rtn weighted
+    fp4-bnb: g64 g64-dq: rtn absmax
     fp4-e2m1: g128 g64 g32 g16: rtn
     fp6-e2m3 fp6-e3m2: channel g32: rtn
     fp8: a16: rtn weighted
-    fp8-e5m2: a16: rtn
+    fp8-e5m2 mxfp6 mxint8: a16: rtn
     mxfp4 mxfp8 nvfp4: a16: rtn weighted
-    mxfp6 mxint8: a16: rtn
-    lloyd4-gaussian lloyd4-laplace lloyd3-gaussian lloyd3-laplace lloyd2-gaussian lloyd2-laplace: g128 g64: rtn
-    lloyd4-gaussian: g64-dq: rtn
-    lut4 lut3 lut2: g128 g64 g32 g64-dq g32-dq: rtn weighted
+    lloyd4-gaussian lloyd4-laplace lloyd3-gaussian lloyd3-laplace lloyd2-gaussian lloyd2-laplace: g64: rtn
+    lloyd4-gaussian: g128 g64-dq: rtn
+    lut4: g128 g64 g32 g64-dq g32-dq: rtn weighted
     lut4: g128 g64: gptq
+    lut3 lut2: g128 g64 g64-dq g32-dq: rtn weighted
     kmeans4: tensor block128 block64 block32 channel block64-o0.45 channel-o0.45: rtn weighted
     kmeans4: block64 channel: gptq
-    kmeans3: tensor block64 block32 channel block32-o0.45: rtn weighted
-    kmeans2: tensor block32 block16 channel block16-o0.45: rtn weighted
-    ternary: channel g128 g64: rtn weighted
-    binary: channel g128 g64: rtn weighted
+    kmeans3: tensor block32 channel block32-o0.45: rtn weighted
+    kmeans2: tensor block16 channel block16-o0.45: rtn weighted
+    ternary binary: channel g128 g64: rtn
+    ternary binary: g64: weighted
 """
 # All with the weights of `weighted`, so that only the activations differ.
 ACTIVATION_SCHEMES = (
@@ -95,7 +96,10 @@ ACTIVATION_SCHEMES = (
     "W8A8-static-entropy", "W8A8-static-mse", "W4A8-g128", "W4A8-g64", "W4A4-g128", "W4A4-g64", "fp8", "fp8-static",
     "mxfp8", "nvfp4", "mxfp4",
 )  # fmt: skip
-LEARNED, MINIFLOATS, BLOCK_SCALED = ("kmeans", "lut"), ("fp4-e2m1", "fp6", "fp8"), ("mx", "nvfp4")
+KINDS = {
+    ("kmeans", "lut"): "learned table", ("fp4-e2m1", "fp6", "fp8"): "float", ("mx", "nvfp4"): "block-scaled",
+    ("ternary", "binary"): "1 to 1.6 bits",
+}  # fmt: skip
 
 
 def main() -> int:
@@ -122,28 +126,28 @@ def fill(
     bench: "Bench", known: dict[str, Row], only: str, path: Path, description: dict[str, Any]
 ) -> tuple[list[Row], dict[str, str]]:
     """Measure what is not known yet; keep the file up to date after every cell. Return rows and what went wrong."""
-    rows: list[Row] = []
     failures: dict[str, str] = {}
-    cells = list(bench.cells())
-    for number, (scheme, method) in enumerate(cells, start=1):
-        key = bench.key(scheme, method)
-        if key not in known:
-            if not re.search(only, f"{scheme} {method}"):
-                continue
-            start = time.perf_counter()
-            try:
-                known[key] = bench.measure(scheme, method)
-            except BitwrightError as error:
-                failures[f"{scheme} {method}"] = f"{type(error).__name__}: {error}"
-                print(f"{scheme} {method}: {error}", flush=True)
-                continue
-            row, seconds = known[key], time.perf_counter() - start
-            figures = f"{row.bits:.3f} bits, KL {row.kl_mean:.5f}, {seconds:.0f} s"
-            print(f"{number}/{len(cells)} {scheme} {method}: {figures}", flush=True)
-            write(path, description, [*rows, row])
-        rows.append(known[key])
-    write(path, description, rows)
-    return rows, failures
+    cells = {bench.key(scheme, method): (scheme, method) for scheme, method in bench.cells()}
+
+    def rows() -> list[Row]:
+        return [known[key] for key in cells if key in known]
+
+    for number, (key, (scheme, method)) in enumerate(cells.items(), start=1):
+        name = f"{scheme} {method}"
+        if key in known or not re.search(only, name):
+            continue
+        start = time.perf_counter()
+        try:
+            row = bench.measure(scheme, method)
+        except BitwrightError as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+            print(name, failures[name], flush=True)
+            continue
+        known[key] = row
+        write_json_atomic(path, {**description, "rows": [each.to_mapping() for each in rows()]})
+        seconds = time.perf_counter() - start
+        print(f"{number}/{len(cells)} {name}: {row.bits:.3f} bits, KL {row.kl_mean:.5f}, {seconds:.0f} s", flush=True)
+    return rows(), failures
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -269,15 +273,10 @@ def plain_name(scheme: Scheme) -> str | None:
 
 
 def family(scheme: Scheme) -> str:
-    """The kind of format, for colours."""
-    if isinstance(scheme.weights.format, IntegerFormat) and not scheme.base.startswith(BLOCK_SCALED):
+    """The kind of format."""
+    if scheme.base not in FAMILIES:
         return "integer"
-    for name, prefixes in {
-        "learned table": LEARNED, "float": MINIFLOATS, "block-scaled": BLOCK_SCALED, "1 to 1.6 bits": ("ternary", "binary"),
-    }.items():  # fmt: skip
-        if scheme.base.startswith(prefixes):
-            return name
-    return "fixed table"
+    return next((kind for prefixes, kind in KINDS.items() if scheme.base.startswith(prefixes)), "fixed table")
 
 
 def _mean_over(sites: Sequence[dict[str, Any]], name: str) -> float:

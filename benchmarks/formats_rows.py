@@ -7,6 +7,7 @@ windows (delta method on the logarithm), so that what makes a window hard for bo
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 DATA_FREE = ("rtn", "absmax")
@@ -81,7 +82,7 @@ class Ratio:
         return 0 if abs(distance) <= NUM_STDERRS * self.stderr else int(math.copysign(1, distance))
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ± {self.stderr:.2g}"
+        return with_error(self.value, self.stderr)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +127,12 @@ def stderr(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
+def with_error(value: float, error: float) -> str:
+    """A value to two digits of its standard error."""
+    digits = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 6
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
 def ratio(values: Sequence[float], rivals: Sequence[tuple[float, Sequence[float]]]) -> Ratio:
     """mean(values) / Π mean(rival)^weight over paired windows; all means must be positive."""
     centre = mean(values)
@@ -155,7 +162,7 @@ def rival_at(bits: float, curve: Sequence[Row]) -> Rival | None:
     close = [row for row in curve if abs(row.bits - bits) <= SAME_SIZE_BITS]
     if close:
         return ((1.0, min(close, key=lambda row: row.kl_mean)),)
-    for smaller, larger in _neighbours(pareto_set(curve)):
+    for smaller, larger in pairwise(pareto_set(curve)):
         if smaller.bits <= bits <= larger.bits:
             share = (bits - smaller.bits) / (larger.bits - smaller.bits)
             return ((1 - share, smaller), (share, larger))
@@ -164,7 +171,7 @@ def rival_at(bits: float, curve: Sequence[Row]) -> Rival | None:
 
 def bits_for(kl: float, curve: Sequence[Row]) -> float | None:
     """Bits per weight at which the Pareto set reaches a KL, by the same interpolation; None where it does not."""
-    for smaller, larger in _neighbours(pareto_set(curve)):
+    for smaller, larger in pairwise(pareto_set(curve)):
         if larger.kl_mean <= kl <= smaller.kl_mean:
             share = math.log(smaller.kl_mean / kl) / math.log(smaller.kl_mean / larger.kl_mean)
             return smaller.bits + share * (larger.bits - smaller.bits)
@@ -183,7 +190,3 @@ def tally(found: Sequence[Comparison]) -> str:
     verdicts = [each.ratio.verdict for each in found]
     better, worse, neither = (verdicts.count(verdict) for verdict in (-1, 1, 0))
     return f"of {len(found)} rows {better} are better, {worse} worse, {neither} not told apart"
-
-
-def _neighbours(rows: Sequence[Row]) -> zip[tuple[Row, Row]]:
-    return zip(rows[:-1], rows[1:], strict=True)

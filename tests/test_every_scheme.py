@@ -12,7 +12,7 @@ from bitwright.schemes import FAMILIES, Scheme
 
 # What may be lost, in nats per token: a bound on nonsense, far above what any of these loses. Ternary and binary codes
 # without training lose most of a model, but less than a uniform guess over its 2048 tokens (about 4.5 nats) would.
-LARGEST_KL = {8: 0.1, 6: 0.1, 5: 0.2, 4: 0.5, 3: 1.5, 2: 5.0, 1: 5.0}
+LARGEST_KL = {8: 0.1, 7: 0.1, 6: 0.1, 5: 0.2, 4: 0.5, 3: 1.5, 2: 5.0, 1: 5.0}
 SCHEMES = (
     *(f"W{bits}A16" for bits in range(2, 9)), "W4A16-g32", "W4A16-asym", "W4A16-tensor", "W4A16-block32", "W8A8",
     *(f"W8A8-static-{name}" for name in ("minmax", "average", "percentile", "entropy", "mse")), "W8A8-acttensor",

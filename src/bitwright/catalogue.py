@@ -58,7 +58,7 @@ def catalogue() -> list[CatalogueRow]:
 
 def _row(name: str, reference: str, about: str) -> CatalogueRow:
     scheme = Scheme.parse(name)
-    weights, acts = scheme.weights, scheme.activations
+    weights = scheme.weights
     size = 4096
     return CatalogueRow(
         scheme=name,
@@ -67,11 +67,16 @@ def _row(name: str, reference: str, about: str) -> CatalogueRow:
         range=_range(weights.format),
         granularities=_granularities(scheme),
         bits_per_weight=weights.num_bits(size, size, float_bits=16) / size**2,
-        activations="16 bit" if acts is None else f"{acts.format.name.removesuffix('-restricted')} per {acts.granularity.kind}",
+        activations=_inputs(scheme),
         exports=carried_by(scheme),
         reference=reference,
         about=about,
     )
+
+
+def _inputs(scheme: Scheme) -> str:
+    acts = scheme.activations
+    return "16 bit" if acts is None else f"{acts.format.name.removesuffix('-restricted')} per {acts.granularity.kind}"
 
 
 def _range(format: Format) -> str:

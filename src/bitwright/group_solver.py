@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from bitwright.calibration.collect import SiteStats
@@ -55,10 +57,14 @@ class SiteResult:
 
 
 class GroupSolver:
-    """Quantizes groups of sites by a plan. Shapes: O out features, I in features."""
+    """Quantizes groups of sites by a plan. Shapes: O out features, I in features.
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, plan: Plan) -> None:
-        self.skeleton, self.recipe, self.plan = skeleton, recipe, plan
+    Args:
+        fisher: file of E[g²] per parameter, where the recipe weighs by it.
+    """
+
+    def __init__(self, skeleton: Skeleton, recipe: Recipe, plan: Plan, fisher: Path) -> None:
+        self.skeleton, self.recipe, self.plan, self.fisher = skeleton, recipe, plan, fisher
 
     def solve(
         self, block: nn.Module, prefix: str, members: list[Site], stats: SiteStats
@@ -107,14 +113,16 @@ class GroupSolver:
         dtype = self._stored_dtype(stack[0])
         outliers: SparseOutliers | None = None
         if entry.scheme.weights.outliers:
-            weight, outliers = split_outliers(weight, entry.scheme.weights.outliers, importance=stats.mean_square)
+            fraction = entry.scheme.weights.outliers
+            weight, outliers = split_outliers(weight, fraction, importance=stats.mean_square, dtype=dtype)
 
-        def fit_columns(current: Tensor, first: int, end: int) -> AnyGrid:
-            return self._fit(entry, current, stats, first, end, dtype)
+        def refit(current: Tensor, first: int, end: int) -> AnyGrid:
+            return self._fit(entry, current, stats, slice(first, end), dtype)
 
-        grid = fit_columns(weight, 0, weight.shape[1])
+        importance = self._weight_importance(stack, weight, outliers)
+        grid = self._fit(entry, weight, stats, slice(0, weight.shape[1]), dtype, importance)
         try:
-            result = SOLVERS[method].solve(weight, grid, stats, self.recipe.gptq, fit_columns)
+            result = SOLVERS[method].solve(weight, grid, stats, self.recipe.gptq, refit)
         except SingularHessian as error:
             raise SingularHessian(f"{stack[0].name}: {error} It saw {stats.num_tokens} tokens.") from None
         scale = _scale_format(entry.scheme.weights.scale, dtype)
@@ -123,22 +131,45 @@ class GroupSolver:
         return QTensor(codes=result.codes, grid=result.grid, outliers=outliers), method, reason
 
     def _fit(
-        self, entry: SitePlan, weight: Tensor, stats: SiteStats, first: int, end: int, dtype: torch.dtype
+        self,
+        entry: SitePlan,
+        weight: Tensor,
+        stats: SiteStats,
+        columns: slice,
+        dtype: torch.dtype,
+        weight_importance: Tensor | None = None,
     ) -> AnyGrid:
-        """Fit a grid to the columns first … end, whose current weights are `weight`."""
+        """Fit a grid to some columns, whose current weights are `weight`; `weight_importance` [O, I] adds to theirs."""
         assert entry.scheme is not None
         assert entry.granularity is not None
         importance = stats.mean_square
         range_method = self.recipe.range_method_for(has_statistics=importance is not None)
-        weighted = importance is not None and range_method == "importance"
+        importance = importance[columns] if importance is not None and range_method == "importance" else None
+        if weight_importance is not None:
+            by_fisher = importance is None or self.recipe.importance == "fisher"
+            importance = weight_importance if by_fisher else weight_importance * cast(Tensor, importance)
         return fit(
             weight,
             entry.scheme.weights.format,
             entry.granularity,
             method="mse" if range_method == "importance" else range_method,
-            importance=importance[first:end] if weighted and importance is not None else None,
+            importance=importance,
             scale=_scale_format(entry.scheme.weights.scale, dtype),
         )
+
+    def _weight_importance(self, stack: list[Site], weight: Tensor, outliers: SparseOutliers | None) -> Tensor | None:
+        """Factor [O, I] on the importance of single weights: Fisher information; 0 for what is stored apart."""
+        by_fisher = self.recipe.importance == "fisher"
+        if not by_fisher and outliers is None:
+            return None
+        importance = torch.ones_like(weight)
+        if by_fisher:
+            with safe_open(self.fisher, framework="pt") as handle:  # pyright: ignore[reportUnknownVariableType]
+                importance = torch.cat([cast(Tensor, handle.get_tensor(site.parameter)) for site in stack])
+            importance = importance.to(weight.device)
+        if outliers is not None:
+            importance.view(-1)[outliers.index.long()] = 0
+        return importance
 
     def _inputs(self, site: Site, stats: SiteStats, device: torch.device) -> InputQuantizer | None:
         """What happens to the inputs of a site at inference."""

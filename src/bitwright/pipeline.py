@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from bitwright.calibration.fisher import fisher_information
 from bitwright.data.overlap import require_disjoint
 from bitwright.errors import CheckpointError, RunError, VerificationError
 from bitwright.evaluation.score import Score
@@ -16,6 +17,7 @@ from bitwright.evaluation.streamed import evaluate as evaluate_streamed
 from bitwright.exporters.registered import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
 from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.outcome import CALIBRATION_TOKENS, conclude, gate_failure
 from bitwright.outlier_report import analyse
 from bitwright.preflight import Estimate
@@ -33,7 +35,7 @@ from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
 from bitwright.runs import RUN_FILE, RunDirectory, open_run
-from bitwright.walk import Walk
+from bitwright.walk import FISHER, Walk
 
 LONGEST_DEFAULT_WINDOW = 2048
 ANALYSIS_WINDOW = 512
@@ -99,7 +101,7 @@ def quantize(
         try:
             run.start(job.fingerprint, _asked(model, job), fresh=fresh)
             announce(job.needed)
-            done = 0 if run.is_complete else _carry_out(job, run, begun, progress)
+            done = 0 if run.is_complete else _carry_out(job, run, begun, trust_remote_code, progress)
         finally:
             run.release()
     info = run.info
@@ -109,8 +111,10 @@ def quantize(
     return QuantizeResult(run=run.path, results=info["results"], failure=failure, resumed_blocks=done)
 
 
-def _carry_out(job: Job, run: RunDirectory, begun: float, progress: Progress) -> int:
+def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: bool, progress: Progress) -> int:
     """Do what is left of a run; return how many blocks were done before."""
+    if job.recipe.importance == "fisher":
+        _measure_fisher(job, run, trust_remote_code, progress)
     walk = Walk(job.model, run, job.recipe, job.plan, job.layouts, job.calibration, job.gate, progress)
     try:
         gate, reference = walk.execute()
@@ -119,6 +123,22 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, progress: Progress) ->
         run.judge(str(error))
         raise
     return walk.resumed_blocks
+
+
+def _measure_fisher(job: Job, run: RunDirectory, trust_remote_code: bool, progress: Progress) -> None:
+    """Leave the Fisher information of the planned sites in the work folder; a resumed run finds it there."""
+    file = run.work / FISHER
+    if file.exists():
+        return
+    found = fisher_information(
+        job.model.skeleton.checkpoint,
+        dict.fromkeys(site.parameter for site in job.sites if job.plan.sites[site.name].scheme is not None),
+        job.calibration,
+        device=str(job.model.device),
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    save_tensors_atomic(file, found)
 
 
 def inspect(
@@ -258,7 +278,7 @@ def export(
         what was compared and how far it differed.
     Raises:
         UnknownName: no such exporter.
-        RunError: not a finished run, or `out` exists.
+        RunError: not a finished run, one in another layout, or `out` exists.
         VerificationError: the run's model is not what the run left, or the engine's tensors or logits differ from ours.
     """
     exporter = EXPORTERS[to]
@@ -266,6 +286,7 @@ def export(
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target}: exists and is not empty. Choose another --out.")
+    exporter.check(finished.model)
     _require_intact(finished)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:

@@ -15,7 +15,7 @@ from bitwright.data.corpora import load_corpus
 from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
 from bitwright.errors import CheckpointError, DataError, RecipeError
 from bitwright.exporters.layout_choice import choose_layouts
-from bitwright.methods.solvers import SOLVERS
+from bitwright.methods.solvers import SOLVERS, has_own_tables
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.sites import Site, block_sites
 from bitwright.model.stream import StreamedModel
@@ -159,6 +159,7 @@ def prepare(
     )
     for parameter in dict.fromkeys(site.parameter for site in sites if plan.sites[site.name].scheme is not None):
         model.skeleton.stored_pieces(parameter)  # raises where the checkpoint's layout has no place for its codes
+    _check_methods(recipe, plan)
     _check_calibration(recipe, plan)
     check_seqlen(model, recipe.calibration.seqlen)
     model_hash = model.skeleton.checkpoint.audit(_byte_progress(model.skeleton.checkpoint, progress))
@@ -178,6 +179,21 @@ def prepare(
     )  # fmt: skip
 
 
+def _check_methods(recipe: Recipe, plan: Plan) -> None:
+    for name, entry in plan.sites.items():
+        if entry.scheme is None or entry.method is None:
+            continue
+        if not SOLVERS[entry.method].accepts(entry.scheme.weights.format):
+            raise RecipeError(
+                f"{name}: method {entry.method} does not work on {entry.scheme}. It learns the tables of kmeans "
+                "schemes; use gptq or rtn for others."
+            )
+        if recipe.importance == "fisher" and not has_own_tables(entry.scheme.weights.format):
+            raise RecipeError(
+                f"{name}: importance fisher weighs the tables of kmeans schemes, not {entry.scheme}. Use inputs."
+            )
+
+
 def _check_calibration(recipe: Recipe, plan: Plan) -> None:
     methods = {entry.method for entry in plan.sites.values() if entry.method is not None}
     needing = sorted(method for method in methods if SOLVERS[method].needs_hessian)
@@ -185,6 +201,8 @@ def _check_calibration(recipe: Recipe, plan: Plan) -> None:
         raise RecipeError(
             f"method {needing[0]} needs calibration text. Give --calibration FILE, hub:NAME or self, or --method rtn."
         )
+    if recipe.importance == "fisher" and recipe.calibration.text is None:
+        raise RecipeError("importance fisher needs calibration text. Give --calibration FILE, hub:NAME or self.")
     if recipe.calibration.text is None:
         for name, entry in plan.sites.items():
             acts = None if entry.scheme is None else entry.scheme.activations

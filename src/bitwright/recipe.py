@@ -32,9 +32,12 @@ from bitwright.strict_yaml import build, read_yaml_mapping, to_plain
 STANDARD_GROUP_SIZES = (16, 32, 64, 128, 256)
 QUANTIZABLE_KINDS = ("linear", "expert")
 HEAD_NAME = "lm_head"
+# Range methods that place levels instead of covering a range, and the formats that have such levels.
+LEVEL_METHODS = {"absmean": ("binary", "ternary"), "twn": ("ternary",)}
 
-RangeMethod = Literal["auto", "minmax", "percentile", "mse", "importance"]
+RangeMethod = Literal["auto", "minmax", "percentile", "mse", "importance", "absmean", "twn"]
 Ragged = Literal["auto", "refuse", "divisor"]
+Importance = Literal["inputs", "fisher"]
 Layout = Literal["auto", "compressed-tensors", "bitwright"]
 
 
@@ -82,7 +85,10 @@ class Calibration:
 class Recipe:
     """A user's wishes for one model.
 
-    `range_method` "auto" is importance-weighted MSE where a site's method collects statistics, plain MSE where not.
+    `range_method` "auto" is importance-weighted MSE where a site's method collects statistics, plain MSE where not;
+    "absmean" (ternary, binary) and "twn" (ternary) take every scheme of the recipe to be of these formats.
+    `importance` "fisher" weighs each weight of a codebook by its Fisher information, "inputs" by its column's mean
+    square.
     `ragged` says what happens when a group size does not divide a row: "refuse"; "divisor" uses the divisor of the row
     nearest (in ratio) to the asked size; "auto" refuses when some standard size divides the row (the size was a poor
     choice) and uses the nearest divisor when none does (the row is odd). `layout` "auto" writes compressed-tensors
@@ -95,6 +101,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     ignore: tuple[str, ...] = (HEAD_NAME,)
     range_method: RangeMethod = "auto"
+    importance: Importance = "inputs"
     ragged: Ragged = "auto"
     layout: Layout = "auto"
     gptq: GptqOptions = field(default_factory=GptqOptions)
@@ -105,14 +112,21 @@ class Recipe:
         for pattern in self.ignore:
             _check_pattern(pattern)
         _check(self.max_kl > 0 and math.isfinite(self.max_kl), "max_kl", self.max_kl, "a finite number above 0")
+        fitting = LEVEL_METHODS.get(self.range_method)
+        for scheme in (self.scheme, *(rule.scheme for rule in self.rules)):
+            if fitting and scheme is not None and scheme.weights.format.name not in fitting:
+                raise RecipeError(
+                    f"range_method '{self.range_method}' is for {' and '.join(fitting)} weights, and scheme {scheme} "
+                    "has others. Use range_method auto."
+                )
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Every method the recipe names, its own first; whoever knows the methods checks them before any work."""
         return tuple(dict.fromkeys([self.method, *(rule.method for rule in self.rules if rule.method is not None)]))
 
-    def range_method_for(self, *, has_statistics: bool) -> Literal["minmax", "percentile", "mse", "importance"]:
-        """Return the range method a site really uses.
+    def range_method_for(self, *, has_statistics: bool) -> RangeMethod:
+        """Return the range method a site really uses; never "auto".
 
         Raises:
             RecipeError: importance was asked for by name and the site's method collects no statistics.

@@ -67,10 +67,7 @@ class WeightScheme:
     outliers: float = 0.0
 
     def num_bits(self, out_features: int, in_features: int, *, float_bits: int) -> int:
-        """Bits of a weight [O, I] as stored, from shapes alone; `float_bits` of the model's own dtype.
-
-        Exact but for outliers, whose positions take what they take.
-        """
+        """Bits of a weight [O, I] as stored; `float_bits` are those of its dtype. Exact but for outliers."""
         format, num_weights = self.format, out_features * in_features
         bits = num_code_bits(format, num_weights)
         bits += math.ceil(num_weights * self.outliers * (_OUTLIER_INDEX_BITS + float_bits))
@@ -78,12 +75,9 @@ class WeightScheme:
         if _has_codebooks(format):
             return bits + rows * groups * format.num_codes * float_bits
         bits += rows * groups * _SCALE_BITS.get(self.scale, float_bits)
-        if self.scale == "e4m3":
-            bits += 32  # The level above the scales.
-        if self.scale == "nested":
-            bits += 32 * (1 + math.ceil(rows * groups / _NESTED_BLOCK))
-        if isinstance(format, LearnedTableFormat):
-            bits += 32 * format.num_codes
+        levels_above = {"e4m3": 1, "nested": 1 + math.ceil(rows * groups / _NESTED_BLOCK)}
+        bits += 32 * levels_above.get(self.scale, 0)
+        bits += 32 * format.num_codes if isinstance(format, LearnedTableFormat) else 0
         return bits + (0 if format.symmetric else num_code_bits(format, rows * groups))
 
 
@@ -147,8 +141,7 @@ class Scheme:
         base = max((f for f in FAMILIES if name == f or name.startswith(f"{f}-")), key=len, default="")
         if base:
             options = name[len(base) + 1 :]
-            family = FAMILIES[base]
-            weights, activations = family.weights, family.activations
+            weights, activations = FAMILIES[base].weights, FAMILIES[base].activations
         else:
             base, _, options = name.partition("-")
             match = _INTEGERS.fullmatch(base)
@@ -267,9 +260,10 @@ class _Options:
             self.weights = replace(self.weights, granularity=weight_granularity)
         elif option in ("sym", "asym"):
             self._once("symmetry")
+            format = self._with_symmetry(self.weights.format, option == "sym")
             if self.weights.scale != MODEL_SCALE:
                 self._refuse(f"'{option}': the weights of this family have their scales prescribed")
-            self.weights = replace(self.weights, format=self._with_symmetry(self.weights.format, option == "sym"))
+            self.weights = replace(self.weights, format=format)
         elif option == "dq":
             self._once("dq")
             self._double_quantize()

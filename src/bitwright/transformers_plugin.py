@@ -152,10 +152,16 @@ def _check_loaded(name: str, layer: QuantizedLinear) -> None:
     stored = layer.stored()
     found = {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in stored.items()}
     own.check_stored(name, layer.scheme, layer.out_features, layer.in_features, found)
-    shape = stored["weight_shape"]
-    if not shape.is_meta and shape.tolist() != [layer.out_features, layer.in_features]:
-        raise CheckpointError(f"{name}.weight_shape: {shape.tolist()}, but the model asks for {layer}.")
-    # What transformers has read it marks; the mark does not survive a move to another device by accelerate's hooks.
-    unread = [part for part, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
-    if unread and not hasattr(layer, "_hf_hook"):
-        raise CheckpointError(f"{name}.{unread[0]}: transformers did not read it from the files.")
+    offloading: Any = getattr(layer, "_hf_hook", None)  # accelerate's, which moves tensors as a layer is called
+    if offloading is None:
+        unread = [part for part, tensor in stored.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if unread:
+            raise CheckpointError(f"{name}.{unread[0]}: transformers did not read it from the files.")
+        return
+    # Moved tensors have lost the mark above. The shape tells whether they were read, and as what.
+    shape: Tensor = offloading.weights_map["weight_shape"] if stored["weight_shape"].is_meta else stored["weight_shape"]
+    if shape.dtype != torch.int64 or shape.tolist() != [layer.out_features, layer.in_features]:
+        raise CheckpointError(
+            f"{name}.weight_shape: reads as {shape.tolist()} in {shape.dtype}. Early versions of transformers read "
+            "offloaded codes as floats. Update transformers, or load without offload_buffers."
+        )

@@ -36,6 +36,7 @@ from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
 from bitwright.schemes import ActivationScheme
 
+FISHER = "fisher.safetensors"
 STATISTICS_BYTES = 1_000_000_000
 """Memory that the Hessians collected in one pass over a block may take; more sites than fit take more passes."""
 
@@ -60,7 +61,7 @@ class Walk:
         if calibration.shape[0] == 0:
             del self.texts["calibration"]
         self.resumed_blocks = int(run.journal().get("completed_blocks", 0))
-        self.solver = GroupSolver(model.skeleton, recipe, plan)
+        self.solver = GroupSolver(model.skeleton, recipe, plan, run.work / FISHER)
         self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1, layouts)
 
     def execute(self) -> tuple[Activations, Activations]:

@@ -24,8 +24,8 @@ from bitwright.errors import MissingDependency, ResourceError, VerificationError
 from bitwright.exporters import transformers_directory
 from bitwright.exporters.registered import EXPORTERS
 from bitwright.exporters.transformers_directory import verify_with_transformers
-from bitwright.model import packed
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
+from bitwright.model.layouts import compressed_tensors
 from bitwright.model.stream import StreamedModel
 from bitwright.recipe import Recipe
 
@@ -33,19 +33,29 @@ pytest.importorskip("compressed_tensors")
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_llama_dir: Path, tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the tiny Llama; read only."""
+def runs(tiny_llama_dir: Path, tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of the tiny Llama in each exporter's layout; read only."""
     folder = tmp_path_factory.mktemp("verify")
     (folder / "text.txt").write_text(tiny_text, encoding="utf-8")
-    recipe = Recipe.from_mapping(
-        {
-            "scheme": "W4A16-g32",
-            "method": "rtn",
-            "calibration": {"text": str(folder / "text.txt"), "num_samples": 2, "seqlen": 64},
-            "max_kl": 50.0,
-        }
-    )
-    return pipeline.quantize(tiny_llama_dir, recipe, folder / "run").run
+    finished: dict[str, Path] = {}
+    for name in EXPORTERS:
+        recipe = Recipe.from_mapping(
+            {
+                "scheme": "W4A16-g32",
+                "method": "rtn",
+                "layout": EXPORTERS[name].layout,
+                "calibration": {"text": str(folder / "text.txt"), "num_samples": 2, "seqlen": 64},
+                "max_kl": 50.0,
+            }
+        )
+        finished[name] = pipeline.quantize(tiny_llama_dir, recipe, folder / name).run
+    return finished
+
+
+@pytest.fixture(scope="module")
+def finished(runs: dict[str, Path]) -> Path:
+    """The run in compressed-tensors' layout; read only."""
+    return runs["compressed-tensors"]
 
 
 @pytest.fixture
@@ -74,11 +84,11 @@ def flip_bit(directory: Path, suffix: str) -> str:
 
 
 @pytest.mark.parametrize("name", list(EXPORTERS))
-def test_a_sound_run_is_exported_and_verified(name: str, finished: Path, tmp_path: Path) -> None:
-    comparison = pipeline.export(finished, name, tmp_path / "exported")
-    assert comparison["weights_compared"] == len(open_checkpoint(finished / "4-model").names)
+def test_a_sound_run_is_exported_and_verified(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    comparison = pipeline.export(runs[name], name, tmp_path / "exported")
+    assert comparison["weights_compared"] == len(open_checkpoint(runs[name] / "4-model").names)
     assert comparison["max_logit_difference"] <= comparison["logit_bound"]
-    found, expected = (open_checkpoint(path) for path in (tmp_path / "exported", finished / "4-model"))
+    found, expected = (open_checkpoint(path) for path in (tmp_path / "exported", runs[name] / "4-model"))
     assert found.audit() == expected.audit()
 
 
@@ -139,8 +149,8 @@ def change_first(name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 def swap_nibbles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our reader unpacks the codes of a word in another order."""
-    unpack = packed.unpack
-    monkeypatch.setattr(packed, "unpack", lambda words, bits, n: unpack(words, bits, n).flip(-1))
+    unpack = compressed_tensors.unpack
+    monkeypatch.setattr(compressed_tensors, "unpack", lambda words, bits, n: unpack(words, bits, n).flip(-1))
 
 
 @pytest.mark.parametrize(

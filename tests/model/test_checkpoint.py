@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitwright.errors import CheckpointError
-from bitwright.model import packed
 from bitwright.model.checkpoint import WEIGHT_INDEX, Checkpoint, open_checkpoint
-from bitwright.numerics.granularity import Granularity
-from bitwright.numerics.integer import IntegerFormat
+from bitwright.model.layouts import compressed_tensors
+from bitwright.model.layouts.stored import ct_config
+from bitwright.numerics.fitting import fit
+from bitwright.numerics.inputs import InputQuantizer, QuantizedSite
 from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.ranges import fit_grid
-from bitwright.numerics.scales import FloatScale
+from bitwright.numerics.scale_formats import SCALE_FORMATS
+from bitwright.schemes import MODEL_SCALE, Scheme
 
 WEIGHT = "layers.0.linear.weight"
 
@@ -89,36 +90,51 @@ def test_what_is_read_is_the_readers_own(tmp_path: Path) -> None:
     assert_same(read_all(checkpoint), expected)
 
 
-def packed_model(folder: Path, dtype: torch.dtype, symmetric: bool) -> tuple[Path, QTensor, dict[str, Tensor]]:
-    """A directory with one packed weight; return it, the weight, and the tensors stored beside it."""
-    weight = torch.randn(6, 40)
-    grid = fit_grid(
-        weight,
-        IntegerFormat(bits=3, symmetric=symmetric),
-        Granularity(kind="group", group_size=16),
-        scale=FloatScale(dtype),
-    )
+def packed_model(folder: Path, dtype: torch.dtype, name: str) -> tuple[Path, QTensor, dict[str, Tensor]]:
+    """A directory with one quantized weight; return it, the weight, and the tensors stored beside it."""
+    scheme = Scheme.parse(name)
+    layout = compressed_tensors.layout_of(scheme, 64, torch.bfloat16)
+    assert layout is not None
+    weight = torch.randn(6, 64)
+    dtype_name, scale_name = str(dtype).removeprefix("torch."), scheme.weights.scale
+    scale = SCALE_FORMATS[dtype_name if scale_name == MODEL_SCALE else scale_name]
+    format, granularity = scheme.weights.format, scheme.weights.granularity
+    grid = fit(weight, format, granularity, method="minmax", importance=None, scale=scale)
     result = QTensor(codes=grid.quantize(weight), grid=grid)
+    acts = scheme.activations
+    inputs = None if acts is None else InputQuantizer(format=acts.format, granularity=acts.granularity)
+    stored = compressed_tensors.encode(layout, QuantizedSite(weight=result, inputs=inputs))
     beside = {name: tensor for name, tensor in tensors_of().items() if name != WEIGHT}
-    group = packed.config_group(3, symmetric, grid.granularity, ["Linear"])
-    config = {"model_type": "test", "quantization_config": packed.quantization_config([group], [])}
-    write_model(folder, {**beside, **packed.encode(WEIGHT, result)}, 2, config)
+    config = {
+        "model_type": "test",
+        "dtype": dtype_name,
+        "quantization_config": ct_config([(scheme, layout, ["Linear"])], []),
+    }
+    module = WEIGHT.removesuffix("weight")
+    write_model(folder, {**beside, **{module + part: tensor for part, tensor in stored.items()}}, 2, config)
     return folder, result, beside
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_packed_model_reads_as_the_dense_one(dtype: torch.dtype, symmetric: bool, tmp_path: Path) -> None:
-    folder, result, beside = packed_model(tmp_path / "model", dtype, symmetric)
+PACKED = [
+    (name, dtype)
+    for name in ("W3A16-g16", "W3A16-g16-asym", "W8A8", "W8A8-asym", "fp8", "fp8-block4x32-a16")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+] + [(name, torch.bfloat16) for name in ("nvfp4-a16", "mxfp4", "mxfp6-a16", "mxfp8")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), PACKED, ids=str)
+def test_a_packed_model_reads_as_the_dense_one(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder, result, beside = packed_model(tmp_path / "model", dtype, name)
     checkpoint = open_checkpoint(folder)
     assert checkpoint.is_packed
+    assert checkpoint.quantizes_inputs == (Scheme.parse(name).activations is not None)
     assert checkpoint.packed_names() == [WEIGHT]
     assert checkpoint.names == sorted([*beside, WEIGHT])
-    assert checkpoint.shape(WEIGHT) == (6, 40)
+    assert checkpoint.shape(WEIGHT) == (6, 64)
     assert_same(read_all(checkpoint), {**beside, WEIGHT: result.dequantize(dtype)})
-    assert torch.equal(checkpoint.read_packed(WEIGHT).codes, result.codes)
-    stored = checkpoint.read_stored(checkpoint.stored)
-    assert_same(stored, {**beside, **packed.encode(WEIGHT, result)})
+    site = checkpoint.read_packed(WEIGHT)
+    assert torch.equal(site.weight.codes, result.codes)
+    assert (site.inputs is None) == (Scheme.parse(name).activations is None)
 
 
 def test_the_hash_does_not_depend_on_the_files(tmp_path: Path) -> None:
@@ -185,7 +201,10 @@ def remove(*names: str) -> Callable[[Path], None]:
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+    def spoil(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return spoil
 
 
 def truncate(folder: Path) -> None:
@@ -242,18 +261,18 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
 
 
 def test_unknown_dtypes_are_refused(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", {"x": torch.zeros(4).to(torch.float8_e4m3fn)})
-    with pytest.raises(CheckpointError, match="x has dtype F8_E4M3, which is not supported"):
+    folder = write_model(tmp_path / "model", {"x": torch.zeros(4, dtype=torch.uint32)})
+    with pytest.raises(CheckpointError, match="x has dtype U32, which is not supported"):
         open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("group", [{}, {"targets": ["Linear"]}, {"targets": ["Linear"], "weights": None}])
 def test_an_incomplete_quantization_config_is_refused(group: dict[str, Any], tmp_path: Path) -> None:
-    folder, *_ = packed_model(tmp_path / "model", torch.float32, True)
+    folder, *_ = packed_model(tmp_path / "model", torch.float32, "W3A16-g16")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["config_groups"] = {"group_0": group}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="quantization_config describes no weights"):
+    with pytest.raises(CheckpointError, match="quantization_config has a config group that cannot be read"):
         open_checkpoint(folder)
 
 

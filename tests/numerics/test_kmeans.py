@@ -118,7 +118,7 @@ def optimum(weight: Tensor, num_entries: int, importance: Tensor | None = None) 
 WEIGHTS = st.one_of(st.floats(-4, 4, width=16), st.sampled_from([-1.0, 0.0, 0.5, 0.50048828125, 3.0, 100.0]))
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     bits=st.integers(1, 3),
     points=st.lists(st.tuples(WEIGHTS, st.sampled_from([0.0, 1e-3, 0.3, 1.0, 1.0, 7.0, 1e3])), min_size=1, max_size=11),

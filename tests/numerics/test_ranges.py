@@ -1,4 +1,6 @@
 import itertools
+from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -6,17 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright.errors import RecipeError, ShapeError, UnknownName, VerificationError
-from bitwright.numerics.formats import FORMATS
+from bitwright.numerics.block_scales import E8M0Scale, Fp8Scale
+from bitwright.numerics.codebook_grid import CodebookFormat
+from bitwright.numerics.formats import FORMATS, LevelFormat
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.integer import IntegerFormat
-from bitwright.numerics.ranges import RANGE_METHODS, SHRINK_FACTORS, fit_grid, percentile
-from bitwright.numerics.scales import MIN_SCALE, FloatScale
+from bitwright.numerics.nested import NestedScale
+from bitwright.numerics.ranges import FLOAT_FACTORS, RANGE_METHODS, SHRINK_FACTORS, fit_grid, percentile, store_scale
+from bitwright.numerics.scales import MIN_SCALE, FloatScale, ScaleFormat
+from bitwright.numerics.table import TableFormat
 
 FAMILIES = [{"symmetric": True}, {"symmetric": True, "full_range": False}, {"symmetric": False}]
 INTEGERS = [IntegerFormat(bits=bits, **family) for bits in (2, 3, 4, 8) for family in FAMILIES]
 EVERY_INTEGER = pytest.mark.parametrize("format", INTEGERS, ids=lambda f: f.name)
-GRANULARITIES = [Granularity(kind="tensor"), Granularity(kind="channel"), Granularity(kind="group", group_size=24)]
+LEVELS = {name: cast(LevelFormat, FORMATS[name]) for name in FORMATS if not isinstance(FORMATS[name], CodebookFormat)}
+COVERING = ["minmax", "mse", "percentile"]
+GRANULARITIES = [
+    Granularity(kind="tensor"),
+    Granularity(kind="channel"),
+    Granularity(kind="group", group_size=24),
+    Granularity(kind="block", group_size=24, block_rows=2),
+    Granularity(kind="columns", group_size=24),
+]
 EVERY_GRANULARITY = pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: g.kind)
 EVERY_SCALE_DTYPE = pytest.mark.parametrize("scale_dtype", list(MIN_SCALE), ids=str)
 CHANNEL = Granularity(kind="channel")
@@ -107,7 +121,7 @@ def test_search_finds_the_best_of_its_candidates(format: IntegerFormat) -> None:
 def test_both_signs_of_the_scale_are_used() -> None:
     weight = torch.tensor([[8.0, -6.0, 1.0, 0.0], [-8.0, 6.0, 1.0, 0.0]])
     for method in ("minmax", "mse"):
-        grid = fit_grid(weight, FORMATS["int4"], CHANNEL, method=method)
+        grid = fit_grid(weight, LEVELS["int4"], CHANNEL, method=method)
         assert grid.scale.flatten().tolist() == [-1.0, 1.0]
         assert torch.equal(grid.fake_quantize(weight), weight)
 
@@ -115,7 +129,7 @@ def test_both_signs_of_the_scale_are_used() -> None:
 def test_search_moves_the_zero_point_to_clip_one_side_only() -> None:
     # One positive outlier: values -3, -2, -1, 0 need z = 3, where the whole range asks for z = 1.
     weight = torch.tensor([[-3.0, -2.0, -1.0, 0.0, 2.9] + [-3.0, -2.0, -1.0] * 20])
-    minmax, found = (fit_grid(weight, FORMATS["uint2"], CHANNEL, method=method) for method in ("minmax", "mse"))
+    minmax, found = (fit_grid(weight, LEVELS["uint2"], CHANNEL, method=method) for method in ("minmax", "mse"))
     assert found.zero_point is not None
     assert minmax.zero_point is not None
     assert found.zero_point.item() == minmax.zero_point.item() + 1
@@ -124,7 +138,7 @@ def test_search_moves_the_zero_point_to_clip_one_side_only() -> None:
 
 @pytest.mark.parametrize("name", ["int2", "int4", "int8"])
 def test_minmax_covers_the_range_with_the_smallest_step(name: str) -> None:
-    weight, format = heavy(6, 50), FORMATS[name]
+    weight, format = heavy(6, 50), LEVELS[name]
     full = fit_grid(weight, format, CHANNEL).scale.abs().flatten()
     covering = torch.minimum(
         torch.maximum(weight.amax(1) / format.max_value, weight.amin(1) / format.min_value),
@@ -138,7 +152,7 @@ def test_importance_of_one_changes_nothing_and_scale_does_not_matter() -> None:
     weight = heavy(4, 64)
     for granularity in GRANULARITIES:
         grids = [
-            fit_grid(weight, FORMATS["uint3"], granularity, method="mse", importance=importance)
+            fit_grid(weight, LEVELS["uint3"], granularity, method="mse", importance=importance)
             for importance in (None, torch.ones(64), torch.full((64,), 1e-30), torch.zeros(64))
         ]
         assert all(torch.equal(grid.scale, grids[0].scale) for grid in grids)
@@ -150,8 +164,8 @@ def test_unimportant_columns_do_not_count() -> None:
     weight[:, 5] = 3 * weight.abs().amax(1)
     importance = torch.ones(64)
     importance[5] = 0
-    grid = fit_grid(weight, FORMATS["int4"], CHANNEL, method="mse", importance=importance)
-    minmax = fit_grid(weight, FORMATS["int4"], CHANNEL)
+    grid = fit_grid(weight, LEVELS["int4"], CHANNEL, method="mse", importance=importance)
+    minmax = fit_grid(weight, LEVELS["int4"], CHANNEL)
     assert (loss(weight, grid, importance) < 0.9 * loss(weight, minmax, importance)).all()
     assert (grid.scale.abs() < 0.5 * minmax.scale.abs()).all()
 
@@ -160,7 +174,7 @@ def test_unimportant_columns_do_not_count() -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: g.kind)
 def test_percentile_is_the_interpolated_quantile_of_each_side(percent: float, granularity: Granularity) -> None:
     weight = heavy(4, 72) - 0.1
-    format = FORMATS["uint8"]
+    format = LEVELS["uint8"]
     grid = fit_grid(weight, format, granularity, method=percentile(percent))
     groups = granularity.split(weight)
     high = torch.quantile(groups.clamp(min=0), percent / 100, dim=-1)
@@ -171,33 +185,33 @@ def test_percentile_is_the_interpolated_quantile_of_each_side(percent: float, gr
 def test_percentile_counts_the_weights_of_a_ragged_tail_only() -> None:
     weight = heavy(3, 130)
     granularity = Granularity(kind="group", group_size=100)
-    grid = fit_grid(weight, FORMATS["int8"], granularity, method=percentile(90))
-    tail = fit_grid(weight[:, 100:], FORMATS["int8"], granularity, method=percentile(90))
+    grid = fit_grid(weight, LEVELS["int8"], granularity, method=percentile(90))
+    tail = fit_grid(weight[:, 100:], LEVELS["int8"], granularity, method=percentile(90))
     torch.testing.assert_close(grid.scale[:, 1:], tail.scale, rtol=1e-5, atol=0)
-    assert (grid.scale.abs() < fit_grid(weight, FORMATS["int8"], granularity).scale.abs()).all()
+    assert (grid.scale.abs() < fit_grid(weight, LEVELS["int8"], granularity).scale.abs()).all()
 
 
 @EVERY_GRANULARITY
-@pytest.mark.parametrize("method", list(RANGE_METHODS))
+@pytest.mark.parametrize("method", COVERING)
 def test_chunks_leave_no_seam(granularity: Granularity, method: str) -> None:
     weight = heavy(600, 1000)
     importance = importance_of(1000)
-    grid = fit_grid(weight, FORMATS["uint4"], granularity, method=method, importance=importance)
-    if granularity.kind == "tensor":
+    grid = fit_grid(weight, LEVELS["uint4"], granularity, method=method, importance=importance)
+    if granularity.spans_rows:
         # A permutation of whole rows changes no choice, though it changes the pieces.
-        other = fit_grid(weight.flip(0), FORMATS["uint4"], granularity, method=method, importance=importance)
+        other = fit_grid(weight.flip(0), LEVELS["uint4"], granularity, method=method, importance=importance)
         assert torch.equal(grid.scale, other.scale)
         assert torch.equal(grid.zero_point, other.zero_point)
         return
-    for rows in (slice(0, 3), slice(260, 264), slice(597, 600)):
-        part = fit_grid(weight[rows], FORMATS["uint4"], granularity, method=method, importance=importance)
-        assert torch.equal(part.scale, grid.scale[rows])
-        assert torch.equal(part.zero_point, grid.zero_point[rows])
+    for rows in (slice(0, 4), slice(260, 264), slice(596, 600)):
+        part = fit_grid(weight[rows], LEVELS["uint4"], granularity, method=method, importance=importance)
+        assert torch.equal(part.scale, grid.scale[granularity.scale_rows(rows)])
+        assert torch.equal(part.zero_point, grid.zero_point[granularity.scale_rows(rows)])
 
 
 @EVERY_INTEGER
 @EVERY_SCALE_DTYPE
-@pytest.mark.parametrize("method", list(RANGE_METHODS))
+@pytest.mark.parametrize("method", COVERING)
 def test_scales_are_representable_and_errors_bounded(
     format: IntegerFormat, scale_dtype: torch.dtype, method: str
 ) -> None:
@@ -215,7 +229,7 @@ def test_scales_are_representable_and_errors_bounded(
 @EVERY_GRANULARITY
 @pytest.mark.parametrize("shape", [(3, 1), (1, 50), (4, 25)])
 def test_zero_and_constant_weights(format: IntegerFormat, granularity: Granularity, shape: tuple[int, int]) -> None:
-    for method, scale_dtype in itertools.product(RANGE_METHODS, MIN_SCALE):
+    for method, scale_dtype in itertools.product(COVERING, MIN_SCALE):
         for constant in (0.0, 0.37, -0.37):
             weight = torch.full(shape, constant)
             values = fit_grid(weight, format, granularity, method=method, scale=FloatScale(scale_dtype)).fake_quantize(
@@ -241,7 +255,7 @@ def test_tiny_weights_never_divide_by_zero(format: IntegerFormat, scale_dtype: t
 @given(
     values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=12),
     format=st.sampled_from(INTEGERS),
-    method=st.sampled_from(sorted(RANGE_METHODS)),
+    method=st.sampled_from(COVERING),
 )
 def test_any_finite_weight_is_rounded_no_further_than_its_group_is_large(
     values: list[float], format: IntegerFormat, method: str
@@ -258,8 +272,8 @@ def test_any_finite_weight_is_rounded_no_further_than_its_group_is_large(
 def test_float16_scales_that_overflow_are_refused() -> None:
     weight = torch.tensor([[1.0, 1e7]])
     with pytest.raises(RecipeError, match="a scale exceeds 65504"):
-        fit_grid(weight, FORMATS["int4"], CHANNEL, method="mse", scale=FloatScale(torch.float16))
-    assert fit_grid(weight, FORMATS["int4"], CHANNEL, scale=FloatScale(torch.bfloat16)).scale.isfinite().all()
+        fit_grid(weight, LEVELS["int4"], CHANNEL, method="mse", scale=FloatScale(torch.float16))
+    assert fit_grid(weight, LEVELS["int4"], CHANNEL, scale=FloatScale(torch.bfloat16)).scale.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["int2", "int4", "uint4", "int8", "uint8"])
@@ -267,23 +281,23 @@ def test_weights_at_the_end_of_float32(name: str) -> None:
     largest = torch.finfo(torch.float32).max
     weight = torch.tensor([[largest, -largest]])
     with pytest.raises(VerificationError, match="overflows float32"):
-        fit_grid(weight, FORMATS[name], CHANNEL, method="mse")
-    grid = fit_grid(weight / 4, FORMATS[name], CHANNEL, method="mse")
+        fit_grid(weight, LEVELS[name], CHANNEL, method="mse")
+    grid = fit_grid(weight / 4, LEVELS[name], CHANNEL, method="mse")
     assert grid.fake_quantize(weight / 4).isfinite().all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("method", list(RANGE_METHODS))
+@pytest.mark.parametrize("method", COVERING)
 @EVERY_GRANULARITY
 def test_non_finite_weights_are_refused(value: float, method: str, granularity: Granularity) -> None:
     weight = heavy(4, 60)
     weight[2, 33] = value
     with pytest.raises(VerificationError, match="the weight holds NaN or Inf"):
-        fit_grid(weight, FORMATS["int4"], granularity, method=method)
+        fit_grid(weight, LEVELS["int4"], granularity, method=method)
 
 
 def test_bad_arguments() -> None:
-    weight, format = torch.ones(2, 4), FORMATS["int4"]
+    weight, format = torch.ones(2, 4), LEVELS["int4"]
     with pytest.raises(ShapeError, match="must be \\[O, I\\] and not empty"):
         fit_grid(torch.ones(4), format, CHANNEL)
     with pytest.raises(ShapeError, match="must be \\[O, I\\] and not empty"):
@@ -304,10 +318,137 @@ def test_bad_arguments() -> None:
 def test_the_weight_is_not_modified_and_half_precision_weights_work() -> None:
     weight = heavy(3, 50)
     before = weight.clone()
-    for method in RANGE_METHODS:
+    for method in COVERING:
         for granularity in GRANULARITIES:
-            fit_grid(weight, FORMATS["uint4"], granularity, method=method, importance=importance_of(50))
-            half = fit_grid(weight.bfloat16(), FORMATS["uint4"], granularity, method=method)
-            exact = fit_grid(weight.bfloat16().float(), FORMATS["uint4"], granularity, method=method)
+            fit_grid(weight, LEVELS["uint4"], granularity, method=method, importance=importance_of(50))
+            half = fit_grid(weight.bfloat16(), LEVELS["uint4"], granularity, method=method)
+            exact = fit_grid(weight.bfloat16().float(), LEVELS["uint4"], granularity, method=method)
             assert torch.equal(half.scale, exact.scale)
     assert torch.equal(weight, before)
+
+
+def test_the_names_in_recipes() -> None:
+    assert list(RANGE_METHODS) == ["absmean", "minmax", "mse", "percentile", "twn"]
+
+
+@pytest.mark.parametrize(("method", "names"), [("absmean", {"ternary", "binary"}), ("twn", {"ternary"})])
+def test_methods_that_place_levels_refuse_other_formats(method: str, names: set[str]) -> None:
+    weight = heavy(3, 30)
+    for name, format in LEVELS.items():
+        if name in names:
+            assert fit_grid(weight, format, CHANNEL, method=method).scale.isfinite().all()
+            continue
+        with pytest.raises(RecipeError, match=f"{method}: places .* cannot fit {name}. Use the range method mse"):
+            fit_grid(weight, format, CHANNEL, method=method)
+
+
+WITHOUT_ZERO = [name for name, format in LEVELS.items() if format.symmetric and format.snap(torch.zeros(1), None) != 0]
+ZERO_GROUP_SCALES: list[ScaleFormat] = [*map(FloatScale, MIN_SCALE), E8M0Scale(), Fp8Scale(), NestedScale()]
+
+
+@pytest.mark.parametrize("name", WITHOUT_ZERO)
+@pytest.mark.parametrize("method", COVERING)
+@pytest.mark.parametrize("scale", ZERO_GROUP_SCALES, ids=lambda s: s.name)
+def test_a_group_of_zeros_gets_the_smallest_scale_where_zero_is_no_level(
+    name: str, method: str, scale: ScaleFormat
+) -> None:
+    weight = torch.zeros(3, 48)
+    weight[0] = torch.linspace(-1, 1, 48)
+    format = LEVELS[name]
+    grid = fit_grid(weight, format, Granularity(kind="group", group_size=24), method=method, scale=scale)
+    bound = scale.bind(torch.tensor(1 / format.max_value, dtype=torch.float64))
+    smallest = bound.round(torch.full((2, 2), 1e-300, dtype=torch.float64))
+    assert torch.equal(grid.scale[1:], smallest)
+    assert float(smallest.abs().max()) <= 1 / 448 / 100
+    assert (grid.scale[0].abs() > 100 * smallest[0]).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "nf4", "fp4-e2m1", "ternary"])
+@pytest.mark.parametrize("method", COVERING)
+def test_a_group_of_zeros_stays_zero_where_zero_is_a_level(name: str, method: str) -> None:
+    grid = fit_grid(torch.zeros(2, 48), LEVELS[name], CHANNEL, method=method)
+    assert torch.equal(grid.scale, torch.ones(2, 1))
+    assert torch.equal(grid.fake_quantize(torch.zeros(2, 48)), torch.zeros(2, 48))
+
+
+@pytest.mark.parametrize("name", ["binary", "lloyd2-gaussian", "int4"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_padding_carries_no_weight(name: str, weighted: bool) -> None:
+    """A ragged group is fitted as if it were a whole one, also where the padding's 0 is no level and would cost."""
+    weight, importance = heavy(5, 58), importance_of(58) + 0.1 if weighted else None
+    tail_importance = None if importance is None else importance[48:]
+    format = LEVELS[name]
+    for kind in ("group", "columns"):
+        grid = fit_grid(weight, format, Granularity(kind=kind, group_size=24), method="mse", importance=importance)
+        whole = CHANNEL if kind == "group" else Granularity(kind="tensor")
+        tail = fit_grid(weight[:, 48:], format, whole, method="mse", importance=tail_importance)
+        assert torch.equal(grid.scale[:, 2:], tail.scale)
+    tiles = fit_grid(
+        weight, format, Granularity(kind="block", group_size=24, block_rows=3), method="mse", importance=importance
+    )
+    corner = fit_grid(weight[3:, 48:], format, Granularity(kind="tensor"), method="mse", importance=tail_importance)
+    assert torch.equal(tiles.scale[1:, 2:], corner.scale)
+
+
+@pytest.mark.parametrize("name", ["fp4-e2m1", "nf4", "ternary", "fp8-e4m3"])
+@pytest.mark.parametrize("scale", [E8M0Scale(), Fp8Scale()], ids=lambda s: s.name)
+@pytest.mark.parametrize("method", COVERING)
+@EVERY_GRANULARITY
+def test_quantized_scales_are_the_ones_that_are_searched_and_stored(
+    name: str, scale: ScaleFormat, method: str, granularity: Granularity
+) -> None:
+    weight = heavy(6, 48)
+    grid = fit_grid(weight, LEVELS[name], granularity, method=method, scale=scale)
+    assert grid.stored is not None
+    assert torch.equal(grid.stored.values(), grid.scale)
+    assert torch.equal(scale.load(grid.stored.tensors()).values(), grid.scale)
+    if method != "mse":
+        return
+    # The best of all candidates, each rounded as it will be stored before its error is measured.
+    largest = (weight.abs().max() / LEVELS[name].max_value).double()
+    bound = scale.bind(largest)
+    reach = granularity.split(weight.abs()).amax(-1).double() / LEVELS[name].max_value
+    candidates = [replace(grid, scale=bound.round(reach * f), stored=None) for f in bound.factors or FLOAT_FACTORS]
+    if name not in ("fp4-e2m1", "fp8-e4m3"):
+        candidates = candidates[: len(SHRINK_FACTORS)]
+    best = torch.stack([loss(weight, candidate) for candidate in candidates]).amin(0)
+    torch.testing.assert_close(loss(weight, grid), best, rtol=SUM_ROUNDOFF, atol=0)
+
+
+@pytest.mark.parametrize("name", ["fp4-e2m1", "fp6-e2m3", "fp6-e3m2", "fp8-e4m3"])
+def test_the_largest_weight_of_floats_may_become_a_smaller_level(name: str) -> None:
+    """A block whose values lie on the levels of twice the scale is exact there; the covering scale misses them."""
+    format = LEVELS[name]
+    levels = torch.tensor([4.0, 3.0, 2.0, -1.5, 0.0, 1.0, -0.5])
+    for unit in (1.0, 0.007, 31.0):
+        weight = (levels * unit)[None]
+        found, covering = (fit_grid(weight, format, CHANNEL, method=method) for method in ("mse", "minmax"))
+        assert float(loss(weight, found)) < 0.05 * float(loss(weight, covering))
+
+
+def test_nested_scales_are_stored_afterwards_and_cover_the_whole_weight() -> None:
+    weight, granularity = heavy(6, 48), Granularity(kind="group", group_size=8)
+    grid = fit_grid(weight, LEVELS["nf4"], granularity, scale=NestedScale())
+    assert grid.stored is None
+    assert (grid.scale > 0).all()
+    stored = store_scale(grid, NestedScale())
+    assert stored.stored is not None
+    assert torch.equal(stored.stored.values(), stored.scale)
+    assert not torch.equal(stored.scale, grid.scale)
+    assert torch.equal(store_scale(grid, FloatScale(torch.float32)).scale, grid.scale)
+
+
+@pytest.mark.parametrize("levels", [(-1.0, -0.5, -0.1, 0.2), (-1.0, -0.6, -0.3, -0.1), (0.1, 0.3, 0.6, 1.0)])
+@pytest.mark.parametrize("signed", [True, False])
+def test_tables_with_uneven_ends(levels: tuple[float, ...], signed: bool) -> None:
+    """A learned table may reach farther on one side, or lie on one side of 0 altogether: the farther end counts."""
+    format = TableFormat(name="uneven", values=tuple(torch.tensor(levels).tolist()))
+    scales = torch.tensor([[0.01], [3.0], [500.0]])
+    weight = scales * torch.tensor(levels * 6)
+    grid = fit_grid(weight, format, CHANNEL, method="mse", scale=FloatScale(torch.float32) if signed else NestedScale())
+    assert_no_worse(loss(weight, grid), 1e-12 * weight.square().sum(1, keepdim=True).double())
+    if signed:
+        # Turned round, the same table serves with negative scales.
+        turned = fit_grid(-weight, format, CHANNEL, method="mse")
+        assert_no_worse(loss(-weight, turned), 1e-12 * weight.square().sum(1, keepdim=True).double())
+        assert (turned.scale < 0).all()

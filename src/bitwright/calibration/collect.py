@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.observers import OBSERVERS, Observer
+from bitwright.errors import VerificationError
 from bitwright.model.sites import Site, SiteCalls
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.linalg import accumulate_gram
@@ -98,6 +99,8 @@ def collect(
         run_batches: yields one callable per batch, each of which runs the block once.
         with_gram: also accumulate Σ x xᵀ.
         calibrated: sites whose inputs get calibrated scales, and which.
+    Raises:
+        VerificationError: NaN or Inf where a range is observed; names the site.
     """
     stats: dict[str, SiteStats] = {}
     leaders: set[str] = set()
@@ -113,7 +116,10 @@ def collect(
 
     def on_call(site: Site, x: Tensor) -> None:
         if site.name in leaders:
-            stats[site.name].add(x, with_gram=with_gram)
+            try:
+                stats[site.name].add(x, with_gram=with_gram)
+            except VerificationError as error:
+                raise VerificationError(f"{site.name}: {error}") from None
         waiting.discard(site.name)
         if not waiting:
             raise _AllSeen

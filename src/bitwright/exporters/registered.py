@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitwright.errors import RunError
+from bitwright.exporters.own_directory import verify_with_plugin
 from bitwright.exporters.transformers_directory import copy_directory, verify_with_transformers
+from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.layouts import own
+from bitwright.model.layouts.stored import COMPRESSED_TENSORS
 from bitwright.registry import Registry
 
 
@@ -14,13 +19,27 @@ class Exporter:
     """Writes a run's model for an engine and checks it with that engine.
 
     Attributes:
+        layout: what the run's model must be stored in: its `quant_method`.
         write: (run's model directory, target directory); creates the target.
         verify: (target directory, whether remote code may run) -> what was compared; raises VerificationError.
     """
 
+    layout: str
     write: Callable[[Path, Path], None]
     verify: Callable[[Path, bool], dict[str, Any]]
 
+    def check(self, model: Path) -> None:
+        """Raises RunError if a run's model is stored in another layout."""
+        found = open_checkpoint(model).config["quantization_config"]["quant_method"]
+        if found != self.layout:
+            raise RunError(
+                f"{model}: stored in layout {found}, not {self.layout}. Export it to {found}, or quantize again with "
+                f"layout: {self.layout}."
+            )
+
 
 EXPORTERS: Registry[Exporter] = Registry("exporter")
-EXPORTERS.register("compressed-tensors", Exporter(write=copy_directory, verify=verify_with_transformers))
+EXPORTERS.register(
+    COMPRESSED_TENSORS, Exporter(layout=COMPRESSED_TENSORS, write=copy_directory, verify=verify_with_transformers)
+)
+EXPORTERS.register(own.NAME, Exporter(layout=own.NAME, write=copy_directory, verify=verify_with_plugin))

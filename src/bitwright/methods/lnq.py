@@ -64,9 +64,9 @@ def lnq(
         ShapeError: the Hessian does not fit the weight, or the grid does not.
         SingularHessian: GPTQ, one of the two starts, finds no Cholesky factor.
     Reference:
-        arXiv:2505.07004 (GuidedQuant), Algorithm 2. Differs: two starts, the better one per row; the damped H in both
-        steps; tables as stored, rounded before they are compared. H may be any matrix [I, I], also one that end-loss
-        gradients have weighted.
+        arXiv:2505.07004 (LNQ, by the authors of GuidedQuant). Differs: two starts, the better one per row; the damped
+        H in both steps; tables as stored, rounded before they are compared. H may be any matrix [I, I], also one that
+        end-loss gradients have weighted.
     """
     if damp <= 0 or rounds < 0 or sweeps < 0:
         raise RecipeError(f"lnq: damp {damp} must be positive, rounds {rounds} and sweeps {sweeps} at least 0.")

@@ -58,9 +58,10 @@ class Granularity:
             )
         if self.kind not in SIZED and self.group_size is not None:
             raise RecipeError(f"granularity: {self.kind} takes no group_size, but {self.group_size} was given.")
-        if (self.kind == "block") != (self.block_rows is not None) or (self.block_rows or 1) < 1:
+        rows = self.block_rows
+        if (rows is not None) != (self.kind == "block") or (rows is not None and rows < 1):
             raise RecipeError(
-                f"granularity: block_rows {self.block_rows} with kind {self.kind}; block needs block_rows >= 1, "
+                f"granularity: block_rows {rows} with kind {self.kind}; block needs block_rows >= 1, "
                 "the other kinds take none."
             )
 

@@ -21,6 +21,7 @@ from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.level_ranges import absmean, twn
 from bitwright.numerics.linalg import wide_dtype
+from bitwright.numerics.minifloat import MinifloatFormat
 from bitwright.numerics.scales import MIN_SCALE, BoundScale, FloatScale, ScaleFormat
 from bitwright.numerics.table import TableFormat
 from bitwright.registry import Registry
@@ -28,6 +29,11 @@ from bitwright.registry import Registry
 # Factors on the largest magnitude. From 1 to 0.4, where the optimum of 3 to 8 bits lies, in steps of 0.0125, finer than
 # the valley of the error; then geometrically to 0.05, for 2 bits and for outliers that matter little.
 SHRINK_FACTORS = tuple(1 - step / 80 for step in range(49)) + tuple(0.4 * 0.9**step for step in range(1, 21))
+
+
+# Steps of floats double with every power of two. A scale up to twice as large clips nothing and costs little
+# resolution, but may move the largest weights to where a level is near.
+FLOAT_FACTORS = SHRINK_FACTORS + tuple(1 + step / 40 for step in range(1, 41))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,14 +168,15 @@ def percentile(percent: float) -> RangeMethod:
 
 
 def mse(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor | None]:
-    """Search shrunken ranges for the least (importance-weighted) squared error; never worse than `minmax`.
+    """Search ranges for the least (importance-weighted) squared error; never worse than `minmax`.
 
-    Exhaustive over `SHRINK_FACTORS`, so that a better objective or a superset of codes can never lose to a local
-    minimum. With a full symmetric range both signs of the scale are tried; with a zero point, its neighbours too.
+    Exhaustive over `SHRINK_FACTORS` (for floats `FLOAT_FACTORS`), so that a better objective or a superset of codes can
+    never lose to a local minimum. With a full symmetric range both signs of the scale are tried; with a zero point, its
+    neighbours too.
 
     Reference:
         The importance matrix of llama.cpp and the weighted clip of AutoRound; ours searches both signs and measures the
-        error of the scale as stored.
+        error of the scale as stored. Larger scales of FP4: Four Over Six, arXiv:2512.02010, which tries the factor 1.5.
     """
     low, high = samples.ends()
     best_scale, best_zero = _cover(low, high, format, bound)
@@ -234,7 +241,7 @@ def _candidates(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     wide = wide_dtype(low.device)
     low, high = low.to(wide), high.to(wide)
-    factors = bound.factors or SHRINK_FACTORS
+    factors = bound.factors or (FLOAT_FACTORS if isinstance(format, MinifloatFormat) else SHRINK_FACTORS)
     if not format.symmetric:
         for factor in factors:
             scale, zero_point = _affine(low * factor, high * factor, format, bound)
