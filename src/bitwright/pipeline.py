@@ -305,7 +305,10 @@ def _require_intact(run: RunDirectory) -> None:
     """Raises VerificationError if the finished model has changed since the run ended."""
     info = run.info
     assert info is not None
-    if open_checkpoint(run.model).audit() != info["results"]["result_hash"]:
-        raise VerificationError(
-            f"{run.model}: its tensors or configuration are not those that the run wrote. Quantize again, with --fresh."
-        )
+    changed = f"{run.model}: its tensors or configuration are not those that the run wrote. Quantize again, with --fresh."
+    try:
+        found = open_checkpoint(run.model).audit()
+    except CheckpointError as error:
+        raise VerificationError(f"{changed} ({error})") from None
+    if found != info["results"]["result_hash"]:
+        raise VerificationError(changed)
