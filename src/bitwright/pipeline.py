@@ -286,8 +286,8 @@ def export(
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target}: exists and is not empty. Choose another --out.")
-    exporter.check(finished.model)
     _require_intact(finished)
+    exporter.check(finished.model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
         written = Path(folder) / target.name
@@ -305,10 +305,10 @@ def _require_intact(run: RunDirectory) -> None:
     """Raises VerificationError if the finished model has changed since the run ended."""
     info = run.info
     assert info is not None
-    changed = f"{run.model}: its tensors or configuration are not those that the run wrote. Quantize again, with --fresh."
+    changed = f"{run.model}: its tensors or configuration are not those that the run wrote. Quantize again, --fresh"
     try:
         found = open_checkpoint(run.model).audit()
     except CheckpointError as error:
         raise VerificationError(f"{changed} ({error})") from None
     if found != info["results"]["result_hash"]:
-        raise VerificationError(changed)
+        raise VerificationError(f"{changed}.")

@@ -681,7 +681,7 @@ def test_export_that_the_engine_reads_differently(
     def differ(theirs: object, ours: object) -> int:
         raise VerificationError(f"{WEIGHT}: transformers reads other values than were written.")
 
-    monkeypatch.setattr(transformers_directory, "_compare_weights", differ)
+    monkeypatch.setattr(transformers_directory, "compare_weights", differ)
     says = (WEIGHT, "reads other values than were written")
     refuse("export", good_run, "--out", tmp_path / "exported", "--quiet", code=1, says=says)
 

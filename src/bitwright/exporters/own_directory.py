@@ -3,18 +3,17 @@
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from bitwright.errors import CheckpointError, VerificationError
-from bitwright.exporters.transformers_directory import (
-    PROBE_TOKENS,
-    _compare_logits,  # pyright: ignore[reportPrivateUsage]
-    _compare_weights,  # pyright: ignore[reportPrivateUsage]
-    _load,  # pyright: ignore[reportPrivateUsage]
-    _logits,  # pyright: ignore[reportPrivateUsage]
-    _require_memory,  # pyright: ignore[reportPrivateUsage]
-    _rounding,  # pyright: ignore[reportPrivateUsage]
+from bitwright.exporters.reload import (
+    compare_logits,
+    compare_weights,
+    load,
+    logits,
+    probe_tokens,
+    require_memory,
+    rounding_bound,
 )
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
@@ -33,17 +32,16 @@ def verify_with_plugin(directory: Path, trust_remote_code: bool) -> dict[str, An
     """
     checkpoint = open_checkpoint(directory)
     ours = StreamedModel(checkpoint, dtype=checkpoint.dense_dtype, trust_remote_code=trust_remote_code)
-    _require_memory(ours, ours.dtype)
-    vocabulary = int(ours.skeleton.model.config.get_text_config().vocab_size)
-    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    require_memory(ours, ours.dtype)
+    ids = probe_tokens(ours)
     try:
-        theirs = _load(directory, trust_remote_code=trust_remote_code)
+        theirs = load(directory, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         raise VerificationError(f"{directory}: transformers cannot load it ({error}).") from None
-    found, expected = _logits(directory, theirs, ids), ours.logits(ids)
+    found, expected = logits(directory, theirs, ids), ours.logits(ids)
     dense = cast(nn.Module, cast(Any, theirs).dequantize())
     return {
         "engine": "transformers",
-        "weights_compared": _compare_weights(dense, ours),
-        **_compare_logits(directory, found, expected, _rounding(ours, expected)),
+        "weights_compared": compare_weights(dense, ours),
+        **compare_logits(directory, found, expected, rounding_bound(ours, expected)),
     }

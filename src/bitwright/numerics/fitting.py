@@ -51,7 +51,8 @@ def fit(
     if isinstance(format, CodebookFormat):
         if not isinstance(scale, FloatScale):
             raise RecipeError(f"{format.name}: its tables are stored as plain floats, not as {scale.name}.")
-        return fit_codebook(weight, format, granularity, importance=importance, dtype=scale.dtype)
+        # Its searches want rows that lie in one piece; the weight of a transposed site does not.
+        return fit_codebook(weight.contiguous(), format, granularity, importance=importance, dtype=scale.dtype)
     return _fit_levels(weight, cast(LevelFormat, format), granularity, method, importance, scale)
 
 

@@ -11,6 +11,7 @@ Legend: O out features, I in features, R rows of scales, G groups per row, n wei
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -223,6 +224,7 @@ def _rounded(step: Tensor, format: LevelFormat, bound: BoundScale) -> Tensor:
     return bound.round(step)
 
 
+@lru_cache(maxsize=64)
 def _has_zero(format: LevelFormat) -> bool:
     return not format.symmetric or float(format.snap(torch.zeros(1), None)) == 0
 
