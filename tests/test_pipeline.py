@@ -295,7 +295,8 @@ def test_experts_that_transformers_cannot_read_are_refused(
 ) -> None:
     """It drops their zero points, and reads all of them by one scheme: nothing could prove the result."""
     with pytest.raises(RecipeError, match=rf"experts: {names}\. Transformers .* one symmetric scheme\. Give them"):
-        pipeline.quantize(tiny_mixtral_dir, recipe(text, **{"scheme": "W4A16-g16", **changes}), tmp_path / "run")
+        options = {"scheme": "W4A16-g16", "layout": "compressed-tensors", **changes}
+        pipeline.quantize(tiny_mixtral_dir, recipe(text, **options), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -303,9 +304,10 @@ def test_asymmetric_scheme_beside_another_is_refused(
     models: dict[torch.dtype, Path], build: Build, text: Path, tmp_path: Path
 ) -> None:
     """Transformers reads all weights with zero points by one scheme, whatever the groups of the configuration say."""
+    options: dict[str, Any] = {"layout": "compressed-tensors"}
     rules = [{"pattern": "*.q_proj", "scheme": "W8A16"}]
     with pytest.raises(RecipeError, match=r"W4A16-g32-asym, W8A16-channel: transformers reads .* Use symmetric"):
-        pipeline.quantize(models[torch.float32], recipe(text, "W4A16-g32-asym", rules=rules), tmp_path / "run")
+        pipeline.quantize(models[torch.float32], recipe(text, "W4A16-g32-asym", rules=rules, **options), tmp_path / "run")
     with pytest.raises(RecipeError, match="W4A16-g32-asym, W4A16-g43-asym: transformers reads"):
-        pipeline.quantize(build(intermediate_size=172), recipe(text, "W4A16-g32-asym"), tmp_path / "run")
+        pipeline.quantize(build(intermediate_size=172), recipe(text, "W4A16-g32-asym", **options), tmp_path / "run")
     assert not (tmp_path / "run").exists()

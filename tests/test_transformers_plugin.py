@@ -1,10 +1,7 @@
-"""transformers with the plug-in computes what we compute; without it, it refuses, and says what is missing."""
+"""transformers with the plug-in computes what we compute, and refuses what does not fit."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -370,79 +367,6 @@ def test_it_is_for_inference(weight_only: Path) -> None:
     quantizer = cast(Any, load(weight_only)).hf_quantizer
     assert quantizer.is_serializable() is True
     assert quantizer.is_trainable is False
-
-
-@pytest.fixture
-def saved(weight_only: Path, tmp_path: Path) -> Path:
-    """A model saved by transformers, whose configuration has lost the message, and the logits it should have."""
-    model = load(weight_only)
-    model.save_pretrained(tmp_path / "saved")
-    torch.save(logits(model), tmp_path / "logits.pt")
-    return tmp_path / "saved"
-
-
-COMPUTE = """
-import json, sys
-before = set(sys.modules)
-from pathlib import Path
-{first}
-import torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-def outcome(directory, **options):
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, **options)
-    except Exception as error:
-        return [type(error).__name__, str(error)]
-    with torch.no_grad():
-        found = model(input_ids=torch.arange(2 * 24).view(2, 24) * 5 % 256).logits
-    return torch.equal(found, torch.load(Path(sys.argv[1]).parent / "logits.pt"))
-"""
-
-
-def run_python(program: str, *arguments: Path) -> list[Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def test_importing_bitwright_first_suffices(saved: Path, weight_only: Path) -> None:
-    """It costs nothing by itself: a finder waits, and goes when it has done its work."""
-    first = (
-        "import bitwright\n"
-        "light = not {'torch', 'transformers'} & (set(sys.modules) - before)\n"
-        "def waits(): return 'QuantizersFinder' in [type(finder).__name__ for finder in sys.meta_path]\n"
-        "waiting = waits()"
-    )
-    program = (
-        COMPUTE.format(first=first)
-        + "found = [outcome(place) for place in sys.argv[1:]]\n"
-        + "print(json.dumps([found, light, waiting, waits()]))"
-    )
-    assert run_python(program, saved, weight_only, weight_only / "4-model") == [[True] * 3, True, True, False]
-
-
-def test_without_bitwright_nothing_loads_and_importing_it_late_suffices(saved: Path, weight_only: Path) -> None:
-    program = (
-        COMPUTE.format(first="import transformers.quantizers.auto")
-        + "found = [outcome(place) for place in sys.argv[1:]]\n"
-        + "found.append(outcome(sys.argv[2], ignore_mismatched_sizes=True))\n"
-        + "assert 'bitwright' not in sys.modules\n"
-        + "import bitwright\n"
-        + "print(json.dumps(found + [outcome(place) for place in sys.argv[1:]]))"
-    )
-    resaved, run, model, forced, *late = run_python(program, saved, weight_only, weight_only / "4-model")
-    for name, message in (run, model, forced):
-        assert name == "ValueError"
-        assert message.endswith(own.NEEDS_BITWRIGHT)
-    assert resaved[0] == "RuntimeError", "the guards: no weight has their shape"
-    assert late == [True, True, True]
-
-
-def test_the_message_says_what_to_do() -> None:
-    assert "pip install bitwright" in own.NEEDS_BITWRIGHT
-    assert "`import bitwright` before from_pretrained" in own.NEEDS_BITWRIGHT
 
 
 def test_schemes_in_the_configuration_are_those_that_were_used(every_scheme: Path) -> None:

@@ -286,8 +286,10 @@ def export(
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target}: exists and is not empty. Choose another --out.")
+    info = finished.info
+    assert info is not None
+    exporter.check(finished.model, info["results"]["layouts"])
     _require_intact(finished)
-    exporter.check(finished.model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
         written = Path(folder) / target.name

@@ -1,13 +1,14 @@
 """Everything that is decided and checked before a run touches the disk: fail here, cheaply, or not at all."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from bitwright.calibration.self_text import generate_windows
@@ -17,6 +18,7 @@ from bitwright.errors import CheckpointError, DataError, RecipeError
 from bitwright.exporters.layout_choice import choose_layouts
 from bitwright.methods.solvers import SOLVERS, has_own_tables
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
+from bitwright.model.layouts import own
 from bitwright.model.sites import Site, block_sites
 from bitwright.model.stream import StreamedModel
 from bitwright.preflight import Estimate, check, estimate
@@ -157,8 +159,7 @@ def prepare(
         dtype=model.skeleton.checkpoint.dense_dtype,
         stored={site.name: model.skeleton.stored_dtype(site.parameter) for site in sites},
     )
-    for parameter in dict.fromkeys(site.parameter for site in sites if plan.sites[site.name].scheme is not None):
-        model.skeleton.stored_pieces(parameter)  # raises where the checkpoint's layout has no place for its codes
+    _check_places(model, [site for site in sites if plan.sites[site.name].scheme is not None], layouts)
     _check_methods(recipe, plan)
     _check_calibration(recipe, plan)
     check_seqlen(model, recipe.calibration.seqlen)
@@ -177,6 +178,21 @@ def prepare(
         model=model, recipe=recipe, sites=sites, plan=plan, layouts=layouts, calibration=calibration, gate=gate,
         needed=needed, model_hash=model_hash, data_hash=data_hash, fingerprint=fingerprint,
     )  # fmt: skip
+
+
+def _check_places(model: StreamedModel, sites: list[Site], layouts: Mapping[str, str]) -> None:
+    """Refuse sites whose codes the checkpoint, or a layer that loads them packed, has no place for."""
+    skeleton = model.skeleton
+    for site in sites:
+        pieces = [piece for piece in skeleton.stored_pieces(site.parameter) if piece[1] == site.index]
+        if layouts[site.name] != own.NAME or site.index is not None:
+            continue
+        module = skeleton.model.get_submodule(site.parameter.rpartition(".")[0])
+        if len(pieces) != 1 or type(module) is not nn.Linear:
+            raise CheckpointError(
+                f"{site.name}: a {type(module).__name__} stored in {len(pieces)} tensors, which bitwright's layout "
+                "cannot hold. Ignore it, or use a scheme that compressed-tensors holds."
+            )
 
 
 def _check_methods(recipe: Recipe, plan: Plan) -> None:

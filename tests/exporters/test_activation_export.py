@@ -20,7 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from bitwright import pipeline
 from bitwright.demo import demo_model
@@ -53,7 +60,7 @@ SCHEMES = {
 
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random bfloat16 Llama with heavier weights than at initialisation, so that its logits matter; read only."""
+    """A random bfloat16 Llama; read only."""
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer),
         hidden_size=64,
@@ -65,16 +72,20 @@ def model(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Temp
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    torch.manual_seed(0)
-    llama: Any = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.05)
     folder = tmp_path_factory.mktemp("models") / "tiny-bfloat16"
-    llama.to(torch.bfloat16).save_pretrained(folder)
+    save_model(LlamaForCausalLM(config), folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Save a model in bfloat16 with heavier weights than at initialisation, so that its logits are far from even."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.05, generator=generator)
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +180,32 @@ def test_many_layouts_in_one_model(model: Path, text: Path, tmp_path: Path) -> N
         "float-quantized", "int-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized",
         "pack-quantized",
     ]  # fmt: skip
+    comparison = pipeline.export(run, "compressed-tensors", tmp_path / "exported")
+    assert_computes_alike(comparison, quantizes_inputs=True)
+
+
+def test_experts_beside_quantized_inputs(tiny_tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path) -> None:
+    """Experts in one 3-D parameter are packed; inputs of shared experts have no batch dimension and share one scale."""
+    config = Qwen2MoeConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        dtype="bfloat16",
+    )
+    folder = tmp_path / "model"
+    save_model(Qwen2MoeForCausalLM(config), folder)
+    tiny_tokenizer.save_pretrained(folder)
+    rules = [{"pattern": "*.self_attn.*", "scheme": "nvfp4"}, {"pattern": "*.shared_expert.*", "scheme": "W8A8"}]
+    run = quantize(folder, text, tmp_path / "run", "W4A16-g32", rules=rules)
+    assert formats(run) == ["int-quantized", "nvfp4-pack-quantized", "pack-quantized"]
     comparison = pipeline.export(run, "compressed-tensors", tmp_path / "exported")
     assert_computes_alike(comparison, quantizes_inputs=True)
 

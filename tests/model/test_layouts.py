@@ -249,44 +249,29 @@ def test_fp4_codes_start_in_the_low_nibble() -> None:
     assert int(ct.encode(ct.MXFP4, site)["weight_packed"][0, 0]) == 0xE3
 
 
+def number(bits: int, kind: str, strategy: str, size: int | None = None, **others: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "group_size": size, **others}
+
+
+E8M0 = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+FP8_SCALE = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
-    "W4A16-g32-asym": ({"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}, None),
-    "W8A8": (
-        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None},
-        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True},
-    ),
+    "W4A16-g32-asym": (number(4, "int", "group", 32, symmetric=False), None),
+    "W8A8": (number(8, "int", "channel"), number(8, "int", "token", dynamic=True)),
     "W4A8-g32-static-minmax-actasym": (
-        {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
-        {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "group_size": None, "dynamic": False},
+        number(4, "int", "group", 32),
+        number(8, "int", "tensor", symmetric=False, dynamic=False),
     ),
     "fp8-block128-actg64": (
-        {
-            "num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "group_size": None,
-            "block_structure": [128, 128],
-        },
-        {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "group", "group_size": 64, "dynamic": True},
+        number(8, "float", "block", block_structure=[128, 128]),
+        number(8, "float", "group", 64, dynamic=True),
     ),
-    "mxfp6": (
-        {
-            "num_bits": 6, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32,
-            "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8",
-        },
-        {
-            "num_bits": 6, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32,
-            "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8", "dynamic": True,
-        },
-    ),
+    "mxfp6": (number(6, "float", "group", 32, **E8M0), number(6, "float", "group", 32, **E8M0, dynamic=True)),
     "nvfp4": (
-        {
-            "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16,
-            "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn",
-        },
-        {
-            "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16,
-            "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn", "dynamic": "local",
-        },
+        number(4, "float", "tensor_group", 16, **FP8_SCALE),
+        number(4, "float", "tensor_group", 16, **FP8_SCALE, dynamic="local"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

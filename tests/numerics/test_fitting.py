@@ -29,7 +29,6 @@ GRANULARITIES = [
     Granularity(kind="block", group_size=12, block_rows=2),
     Granularity(kind="columns", group_size=12),
 ]
-EVERY_GRANULARITY = pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: g.kind)
 CHANNEL, FLOAT32 = Granularity(kind="channel"), FloatScale(torch.float32)
 
 
@@ -65,6 +64,16 @@ EVERY_WEIGHT = [
     for (i, format), (j, name) in itertools.product(enumerate(FORMATS), enumerate(WEIGHTS))
     for granularity in [GRANULARITIES[(i + j) % len(GRANULARITIES)]]
 ]
+
+
+# Every format, with a granularity in turn.
+EVERY_PAIR = pytest.mark.parametrize(
+    ("format", "granularity"),
+    [
+        pytest.param(FORMATS[name], granularity, id=f"{name}-{granularity.kind}")
+        for name, granularity in zip(FORMATS, itertools.cycle(GRANULARITIES))
+    ],
+)
 
 
 def fitted(weight: Tensor, format: Format, granularity: Granularity, method: str = "mse") -> AnyGrid:
@@ -104,8 +113,7 @@ def test_every_weight_is_fitted_and_quantized(format: Format, granularity: Granu
         assert torch.equal(column, values[:, j])
 
 
-@EVERY_FORMAT
-@EVERY_GRANULARITY
+@EVERY_PAIR
 def test_a_weight_of_few_values_is_exact(format: Format, granularity: Granularity) -> None:
     """±a is within reach of every format, and a alone of those without a 0."""
     weight = torch.tensor([[0.5, -0.5, 0.5, 0.5, -0.5] * 5]).expand(4, 25)
@@ -118,8 +126,7 @@ def test_a_weight_of_few_values_is_exact(format: Format, granularity: Granularit
     )
 
 
-@EVERY_FORMAT
-@EVERY_GRANULARITY
+@EVERY_PAIR
 def test_mse_is_no_worse_than_minmax(format: Format, granularity: Granularity) -> None:
     weight = rows_of(5, 29)
     mse, minmax = (
@@ -148,17 +155,16 @@ def test_importance_counts(format: Format) -> None:
         assert with_it < without or format.bits > 6
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@EVERY_GRANULARITY
-def test_weights_that_are_not_finite_are_refused(format: Format, value: float, granularity: Granularity) -> None:
+@EVERY_PAIR
+def test_weights_that_are_not_finite_are_refused(format: Format, granularity: Granularity) -> None:
     weight = rows_of(4, 30)
     grid = fitted(weight, format, granularity)
-    weight[3, 29] = value
-    with pytest.raises(VerificationError, match="NaN or Inf"):
-        fitted(weight, format, granularity)
-    with pytest.raises(VerificationError, match="NaN or Inf"):
-        grid.quantize(weight)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        weight[3, 29] = value
+        with pytest.raises(VerificationError, match="NaN or Inf"):
+            fitted(weight, format, granularity)
+        with pytest.raises(VerificationError, match="NaN or Inf"):
+            grid.quantize(weight)
 
 
 @EVERY_FORMAT

@@ -1,4 +1,3 @@
-import itertools
 from typing import cast
 
 import pytest
@@ -225,7 +224,7 @@ def test_scales_are_representable_and_errors_bounded(
 @EVERY_GRANULARITY
 @pytest.mark.parametrize("shape", [(3, 1), (1, 50), (4, 25)])
 def test_zero_and_constant_weights(format: IntegerFormat, granularity: Granularity, shape: tuple[int, int]) -> None:
-    for method, scale_dtype in itertools.product(COVERING, MIN_SCALE):
+    for method, scale_dtype in zip(COVERING, MIN_SCALE, strict=True):
         for constant in (0.0, 0.37, -0.37):
             weight = torch.full(shape, constant)
             values = fit_grid(weight, format, granularity, method=method, scale=FloatScale(scale_dtype)).fake_quantize(

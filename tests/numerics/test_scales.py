@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitwright.errors import RecipeError, ShapeError, UnknownName, VerificationError
-from bitwright.numerics.minifloat import E2M1, E2M3, E4M3, MinifloatFormat
 from bitwright.numerics.block_scales import BoundFp8Scale, E8M0Scale, Fp8Scale, StoredE8M0Scale, StoredFp8Scale
+from bitwright.numerics.minifloat import E2M1, E2M3, E4M3, MinifloatFormat
 from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import MIN_SCALE, BoundScale, FloatScale, StoredScale
 

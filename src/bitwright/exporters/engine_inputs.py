@@ -2,9 +2,9 @@
 
 Its modules do not compute on codes: they round inputs to what codes can say, and multiply floats. The formulas differ
 from those of kernels in details that change codes: a symmetric scale is absmax / ((2^bits - 1) / 2) and not absmax /
-(2^(bits-1) - 1), every operation is rounded to the dtype of the inputs, values are clamped before they are rounded, and
-one scale serves all tokens where the inputs have no batch dimension. A model that is to be compared with theirs must
-round the same way. Nothing else uses these formulas.
+(2^(bits-1) - 1), every operation is rounded to the dtype of the inputs, zero points are added before rounding, and one
+scale serves all tokens where the inputs have no batch dimension. A model that is to be compared with theirs must round
+the same way. Nothing else uses these formulas.
 
 Reference: compressed-tensors 0.20, `compute_dynamic_scales_and_zp`, `calculate_qparams`, `fake_quantize`.
 
@@ -30,8 +30,6 @@ from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.minifloat import E2M3, E4M3
 
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -127, 128
-SCALE_OF_ZEROS = 0.125
-"""The FP8 scale of a group whose scale would round to 0."""
 
 
 def engine_inputs(x: Tensor, inputs: InputQuantizer) -> Tensor:
@@ -77,14 +75,14 @@ def _mx(values: Tensor, format: LevelFormat) -> Tensor:
     # The mantissa is rounded to FP4's one bit, for FP8 as well, or to FP6's three, and may carry into the exponent.
     bits = E2M3.mantissa_bits if format.bits == E2M3.bits else 1
     exponent = exponent - 1 + (mantissa >= 1 - 2.0 ** -(bits + 2)).int() - int(torch.tensor(format.max_value).log2())
-    scale = torch.exp2(exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT).float()).to(values.dtype)
-    return format.snap((values / scale).float(), None).to(values.dtype) * scale
+    scale = torch.exp2(exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT).float())
+    return format.snap(values / scale, None) * scale
 
 
 def _nvfp4(values: Tensor, format: LevelFormat, global_scale: Tensor) -> Tensor:
     step = values.abs().amax(-1, keepdim=True) / format.max_value
     stored = (global_scale * step).clamp(max=E4M3.max_value).to(torch.float8_e4m3fn).float()
-    scale = torch.where(stored == 0, SCALE_OF_ZEROS, stored) / global_scale
+    scale = _not_zero(stored) / global_scale
     return format.snap(values / scale, None) * scale
 
 
@@ -107,7 +105,8 @@ def _static_scale(values: Tensor, inputs: InputQuantizer) -> Tensor | None:
 
 
 def _not_zero(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+    """Where a scale rounds to 0, values are 0 or so small that any scale makes them 0."""
+    return torch.where(scale == 0, 1.0, scale)
 
 
 class _EngineProducts(TorchFunctionMode):

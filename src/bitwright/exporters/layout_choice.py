@@ -84,8 +84,8 @@ def _ct_problem(
     if len(experts) > 1 or any(scheme is not None and _has_zero_point(scheme) for scheme in experts):
         names = ", ".join(sorted(KEPT if scheme is None else str(scheme) for scheme in experts))
         return (
-            f"experts: {names}. Transformers reads the experts of this model only if all are quantized by one symmetric "
-            "scheme. Give them one, by a rule if the other sites have another."
+            f"experts: {names}. Transformers reads the experts of this model only if all are quantized by one "
+            "symmetric scheme. Give them one, by a rule if the other sites have another."
         )
     for site, scheme in quantized.items():
         if chosen[site.name] is None:

@@ -1,6 +1,6 @@
 """The table of exporters: one line each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 from bitwright.errors import RunError
 from bitwright.exporters.own_directory import verify_with_plugin
 from bitwright.exporters.transformers_directory import copy_directory, verify_with_transformers
-from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.layouts import own
 from bitwright.model.layouts.stored import COMPRESSED_TENSORS
 from bitwright.registry import Registry
@@ -28,9 +27,9 @@ class Exporter:
     write: Callable[[Path, Path], None]
     verify: Callable[[Path, bool], dict[str, Any]]
 
-    def check(self, model: Path) -> None:
-        """Raises RunError if a run's model is stored in another layout."""
-        found = open_checkpoint(model).config["quantization_config"]["quant_method"]
+    def check(self, model: Path, layouts: Sequence[str]) -> None:
+        """Raises RunError if a run's model is stored in other layouts, of which its record tells."""
+        found = own.NAME if own.NAME in layouts else COMPRESSED_TENSORS
         if found != self.layout:
             raise RunError(
                 f"{model}: stored in layout {found}, not {self.layout}. Export it to {found}, or quantize again with "

@@ -38,6 +38,8 @@ def linear(x: Tensor, site: QuantizedSite, bias: Tensor | None = None) -> Tensor
         ShapeError: x has not I columns.
         VerificationError: NaN or Inf in x.
     """
+    if x.shape[-1:] != site.weight.shape[1:]:
+        raise ShapeError(f"linear: inputs {list(x.shape)} must be [..., {site.weight.shape[1]}].")
     if site.inputs is None or x.numel() == 0:
         return functional.linear(x, site.weight.dequantize(x.dtype), bias)
     rows = x.reshape(-1, x.shape[-1])

@@ -3,9 +3,11 @@
 A codebook per row costs 2^b floats per row, which only long rows can afford. One table for the whole weight costs
 nothing, and group scales bring all weights to one shape for it to fit. Both are fitted in turn: given the scales, the
 table is a weighted k-means problem over all w / s, each with the weight importance · s² (its error counts in units of
-w); given the table, each group's scale is searched like any other. The start is NormalFloat. Neither step is sure to
-lower the error (k-means may end in a local optimum, and the search need not try the old scale), so the error is
-measured after each round, and the best table and scales are kept.
+w); given the table, each group's scale is searched like any other. The start is NormalFloat.
+
+Searching scales is what takes time, and a table of 16 levels needs no millions of weights to be known well. So the
+rounds work on a sample of rows, evenly spread. Only then are the scales of the whole weight searched, once below the
+learned table and once below the start; the better pair is kept, so that a sample that misleads costs nothing.
 
 Legend: O out features, I in features, R rows of scales, G groups, K levels.
 """
@@ -23,8 +25,9 @@ from bitwright.numerics.scales import ScaleFormat
 from bitwright.numerics.table import TableFormat, normal_float
 
 ROUNDS = 4
-BINS = 2**13
-"""Values of w / s are summed into bins, much narrower than the distance between levels."""
+SAMPLE = 2**15
+"""Weights that a table is learned on, about: two thousand for each of 16 levels."""
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def table_format(bits: int, levels: Tensor) -> TableFormat:
@@ -54,47 +57,72 @@ def fit_learned_table(
         RecipeError: other than 2 to 4 bits.
         Otherwise as `fit_grid`.
     """
-    levels = torch.tensor(normal_float(format.bits).levels)
-    best: Grid | None = None
-    best_error = float("inf")
-    for _ in range(1 + ROUNDS):
-        learned = table_format(format.bits, levels)
-        grid = fit_grid(weight, learned, granularity, method="mse", importance=importance, scale=scale)
-        error = _error(weight, grid, importance)
-        if best is not None and error >= best_error:
-            break
-        best, best_error = grid, error
-        if error == 0:
-            break
-        levels = _fit_levels(weight, grid, importance, format.bits)
-    assert best is not None  # The first round always sets it.
+    start = table_format(format.bits, torch.tensor(normal_float(format.bits).levels))
+    best, best_error = _search_scales(weight, start, granularity, importance, scale)
+    learned = _learn(_sample(weight, granularity), start, granularity, importance, scale)
+    if learned != start:
+        grid, error = _search_scales(weight, learned, granularity, importance, scale)
+        best = grid if error < best_error else best
     return best
+
+
+def _search_scales(
+    weight: Tensor, table: TableFormat, granularity: Granularity, importance: Tensor | None, scale: ScaleFormat
+) -> tuple[Grid, float]:
+    """Return the best scales below a table, and Σ importance · (w - ŵ)², up to a factor of the importance alone."""
+    grid = fit_grid(weight, table, granularity, method="mse", importance=importance, scale=scale)
+    counts = _counts(weight, importance)
+    error = torch.zeros((), dtype=counts.dtype, device=weight.device)
+    for rows in granularity.row_chunks(weight):
+        dense = weight[rows].float()
+        residual = dense - grid.rows(rows.start, rows.stop).fake_quantize(dense)
+        error += (residual.to(counts.dtype).square() * counts).sum()
+    return grid, float(error)
+
+
+def _sample(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Return about `SAMPLE` weights: whole rows, or whole tiles of rows where these share scales; at least one.
+
+    The multiples of the golden ratio fill the unit interval evenly, and those of its first share belong to rows that
+    are spread as evenly, without a period: rows at a fixed stride could all have one place in their attention heads.
+    """
+    share = SAMPLE / weight.numel()
+    if share >= 1:
+        return weight
+    tile = torch.arange(weight.shape[0]) // (granularity.block_rows or 1)
+    return weight[(tile * GOLDEN % 1 < share).to(weight.device)]
+
+
+def _learn(
+    weight: Tensor, start: TableFormat, granularity: Granularity, importance: Tensor | None, scale: ScaleFormat
+) -> TableFormat:
+    """Fit scales and table in turn, and return the best table seen.
+
+    Neither step is sure to lower the error: k-means may end in a local optimum, and the search need not try the old
+    scale. So the error is measured in each round.
+    """
+    table = best = start
+    best_error = float("inf")
+    for _ in range(ROUNDS):
+        grid, error = _search_scales(weight, table, granularity, importance, scale)
+        if error >= best_error:
+            return best
+        best, best_error = table, error
+        if error == 0:
+            return best
+        table = table_format(start.bits, _fit_levels(weight, grid, importance, start.bits))
+    return table
 
 
 def _fit_levels(weight: Tensor, grid: Grid, importance: Tensor | None, bits: int) -> Tensor:
     """Return the levels [K] of least error for the weights as the grid scales them."""
-    device, wide = weight.device, wide_dtype(weight.device)
-    low, high = grid.format.min_value, grid.format.max_value
-    mass = torch.zeros(BINS, dtype=wide, device=device)
-    moment = torch.zeros(BINS, dtype=wide, device=device)
-    counts = _counts(weight, importance)
-    span = (high - low) or 1.0  # One value only: all weights are alike, and every bin will do.
-    largest = grid.scale.abs().max().to(wide)
-    for rows in grid.granularity.row_chunks(weight):
-        factors = grid.scale[grid.granularity.scale_rows(rows)].float().unsqueeze(-1)
-        scaled = grid.granularity.split(weight[rows].float()) / factors
-        # Padding has the importance 0, as `split` pads with it. A common factor of the importance changes nothing.
-        share = grid.granularity.split(counts.expand(rows.stop - rows.start, -1))
-        share = share * (factors.to(wide) / largest).square()
-        # Clipped weights fall into the outermost bins, but count there with their own values.
-        position = (scaled - low) * ((BINS - 1) / span)
-        index = position.round_().clamp_(0, BINS - 1).long().flatten()
-        mass.index_add_(0, index, share.expand_as(scaled).flatten())
-        moment.index_add_(0, index, (share * scaled).flatten())
-    filled = mass > 0
-    values, weights = (moment[filled] / mass[filled]).float(), (mass[filled] / mass.max()).float()
-    table = CodebookFormat(bits=bits)
-    return fit_codebook(values[None], table, Granularity(kind="tensor"), importance=weights).codebook.flatten()
+    split, factors = grid.granularity.split, grid.scale.float().unsqueeze(-1)
+    scaled = split(weight.float()) / factors
+    # Padding has the importance 0, as `split` pads with it. A common factor of the importance changes nothing.
+    counts = split(_counts(weight, importance).expand(weight.shape))
+    counts = counts * (factors.to(counts.dtype) / factors.abs().max()).square()
+    table, whole = CodebookFormat(bits=bits), Granularity(kind="tensor")
+    return fit_codebook(scaled.reshape(1, -1), table, whole, importance=counts.reshape(1, -1)).codebook.flatten()
 
 
 def _counts(weight: Tensor, importance: Tensor | None) -> Tensor:
@@ -103,14 +131,3 @@ def _counts(weight: Tensor, importance: Tensor | None) -> Tensor:
     if importance is None or not bool((importance > 0).any()):
         return torch.ones(1, weight.shape[1], dtype=wide, device=weight.device)
     return (importance.to(device=weight.device, dtype=wide) / importance.max())[None]
-
-
-def _error(weight: Tensor, grid: Grid, importance: Tensor | None) -> float:
-    """Σ importance · (w - ŵ)² over the weight, up to a common factor of the importance."""
-    counts = _counts(weight, importance)
-    total = torch.zeros((), dtype=counts.dtype, device=weight.device)
-    for rows in grid.granularity.row_chunks(weight):
-        dense = weight[rows].float()
-        residual = dense - grid.rows(rows.start, rows.stop).fake_quantize(dense)
-        total += (residual.to(counts.dtype).square() * counts).sum()
-    return float(total)
