@@ -5,7 +5,8 @@
 Each cell is a scheme and a method: `rtn` rounds to nearest, with the scales of least squared error and no data;
 `absmax` is the same with scales from the largest weight; `weighted` weights the squared error by the mean square of
 the inputs on calibration text; `gptq` also compensates rounding errors. Every cell is quantized into a run of its own
-and read back from disk. What the results' JSON file holds is not measured again unless `--fresh` is given.
+and read back from disk. What the results' JSON file holds is not measured again unless `--fresh` is given: it does not
+know whether the code has changed since.
 
 For models that fit into memory beside their logits: those of the original are computed once and kept.
 """
@@ -109,14 +110,18 @@ def main() -> int:
     parser.add_argument("--calibration", default="stdlib", help="what is calibrated on")
     parser.add_argument("--data", help="name of the text in the results")
     parser.add_argument("--only", default="", help="regular expression that a cell's 'scheme method' must contain")
-    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
     path = given.out / f"formats_{given.model.name}_{date.today().isoformat()}.json"
     with tempfile.TemporaryDirectory(prefix="bitwright-") as folder:
         bench = Bench(given.model, given.text, given.calibration, Path(folder))
-        description = bench.description(given.data or f"calibration {given.calibration}, evaluation {given.text}")
-        known = {} if given.fresh or not path.is_file() else read_rows(path)
+        data = given.data or f"calibration on {given.calibration}, evaluation on {given.text}"
+        options = "" if given.model == demo_model() else " --model DIR --text FILE --calibration FILE"
+        description = {**bench.description(data), "command": f"python benchmarks/formats.py{options}"}
+        known = read_rows(path) if path.is_file() else {}
+        if given.fresh:
+            known = {key: row for key, row in known.items() if not re.search(given.only, f"{row.scheme} {row.method}")}
         rows, failures = fill(bench, known, given.only, path, description)
     print(f"written: {write_page(description, rows, failures, path.with_suffix('.md'))}")
     return int(bool(failures))

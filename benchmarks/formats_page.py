@@ -76,7 +76,7 @@ def circumstances(of: Mapping[str, Any]) -> str:
         "were entropy coded.",
         f"Machine: {environment['cpu']}, {environment['num_cores']} cores, {environment['platform']}. Python "
         f"{environment['python']}; {versions}.",
-        "Made by `python benchmarks/formats.py`.",
+        f"Made by `{of['command']}`.",
     )
     return "\n".join(f"- {note}" for note in notes)
 
@@ -85,15 +85,17 @@ def nf4_against_int4(rows: Sequence[Row]) -> str:
     """Answer the first question."""
     curve = [row for row in rows if is_uniform(row, 4) and row.method in DATA_FREE]
     named = [row for row in rows if row.scheme.startswith("nf4-") and row.method in DATA_FREE]
-    found = comparisons(named, curve)
-    return "\n\n".join(
-        (
-            "## Does NF4 beat INT4 at equal size, without calibration?",
-            "Each row beside the best data-free 4-bit integers of its size.",
-            *([f"**{_capital(tally(found))}.** {_nearest_pair(found)}"] if found else []),
-            comparison_table(found),
-        )
-    )
+    nested = comparisons([row for row in named if row.scheme.endswith("-dq")], curve)
+    plain = comparisons([row for row in named if not row.scheme.endswith("-dq")], curve)
+    lines = [
+        "## Does NF4 beat INT4 at equal size, without calibration?",
+        "Each row beside the best data-free 4-bit integers of its size. NF4's scales are float32, or double-quantized "
+        "to about 8 bits (`-dq`).",
+        *(f"- **Scales in {kind}: {tally(found)}.**" for kind, found in (("8 bits", nested), ("32", plain)) if found),
+        *([closest_pair(nested)] if nested else []),
+        comparison_table([*nested, *plain]),
+    ]
+    return "\n".join(_spaced(lines))
 
 
 def learned_against_uniform(rows: Sequence[Row]) -> str:
@@ -126,15 +128,15 @@ def four_against_eight(rows: Sequence[Row], reference_nll: Sequence[float]) -> s
     lines = [
         "## Does a 4-bit non-uniform format reach 8-bit uniform?",
         "",
-        "The founding texts claim it. Here are the best 4-bit codes that are not evenly spaced, up to "
+        "So it has been claimed. Here are the best 4-bit codes that are not evenly spaced, up to "
         f"{MAX_FOUR_BIT:g} bits per weight in all, beside {eight.scheme} rounded to nearest ({eight.bits:.3f} bits). "
-        "The last column is the size at which integers rounded to nearest without data, of any width, would have the "
-        "row's KL (interpolated).",
+        "The last two columns are the sizes at which integers of any width would have the row's KL (interpolated): "
+        "rounded to nearest without data, and by the row's own method. Empty: outside what was measured.",
         "",
-        "| method | best row | bits | KL | KL, 8-bit | ratio | log-perplexity lost | lost at 8 bit | as integers of |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | best row | bits | KL | KL, 8-bit | ratio | log-perplexity lost | lost at 8 bit | "
+        "as rtn integers of | as its method's |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    curve = [row for row in rows if row.family == "integer" and row.method == "rtn"]
     ratios: list[tuple[Ratio, Row]] = []
     for method in ("rtn", "absmax", "weighted", "gptq"):
         near = [r for r in rows if r.family != "integer" and r.code_bits == 4 and r.bits <= MAX_FOUR_BIT]
@@ -142,12 +144,12 @@ def four_against_eight(rows: Sequence[Row], reference_nll: Sequence[float]) -> s
         if not near:
             continue
         best = min(near, key=lambda row: row.kl_mean)
-        quotient, size = ratio(best.kl, [(1.0, eight.kl)]), bits_for(best.kl_mean, curve)
+        quotient = ratio(best.kl, [(1.0, eight.kl)])
         ratios.append((quotient, best))
         lines.append(
             f"| {method} | {best.scheme} | {best.bits:.3f} | {kl(best)} | {kl(eight)} | {quotient} | "
             f"{_lost(best, reference_nll)} | {_lost(eight, reference_nll)} | "
-            f"{'' if size is None else f'{size:.2f} bits'} |"
+            f"{_integer_bits(best, rows, 'rtn')} | {_integer_bits(best, rows, method)} |"
         )
     quotient, best = min(ratios, key=lambda pair: pair[0].value)
     return "\n".join(
@@ -157,6 +159,16 @@ def four_against_eight(rows: Sequence[Row], reference_nll: Sequence[float]) -> s
             f"**{'No' if quotient.verdict > 0 else 'Yes'}.** The best of all, {best.scheme} {best.method} "
             f"({best.bits:.3f} bits), has {quotient} times the KL of 8-bit integers.",
         ]
+    )
+
+
+def closest_pair(found: Sequence[Comparison]) -> str:
+    """The pair whose sizes differ least, in words."""
+    each = min(found, key=lambda pair: (len(pair.rival), abs(pair.rival_bits - pair.row.bits), pair.row.kl_mean))
+    row, rival_kl = each.row, with_error(each.rival_kl, each.rival_kl_stderr)
+    return (
+        f"The closest pair in size: {row.scheme} {row.method} ({row.bits:.3f} bits) has KL {kl(row)}, "
+        f"{each.rival_name} ({each.rival_bits:.3f} bits) {rival_kl}; the ratio is {each.ratio}."
     )
 
 
@@ -234,28 +246,16 @@ def is_uniform(row: Row, bits: int) -> bool:
     return row.family == "integer" and row.code_bits == bits
 
 
-def _nearest_pair(found: Sequence[Comparison]) -> str:
-    """The pair whose sizes differ least, in words."""
-    same = [each for each in found if len(each.rival) == 1]
-    if not same:
-        return ""
-    each = min(same, key=lambda pair: (abs(pair.rival_bits - pair.row.bits), pair.row.kl_mean))
-    row = each.row
-    return (
-        f"The closest pair in size: {row.scheme} {row.method} ({row.bits:.3f} bits) has KL {kl(row)}, "
-        f"{each.rival_name} ({each.rival_bits:.3f} bits) {with_error(each.rival_kl, each.rival_kl_stderr)}; the ratio "
-        f"is {each.ratio}."
-    )
+def _integer_bits(row: Row, rows: Sequence[Row], method: str) -> str:
+    """Bits of the integers by one method that have the KL of a row."""
+    bits = bits_for(row.kl_mean, [each for each in rows if each.family == "integer" and each.method == method])
+    return "" if bits is None else f"{bits:.2f} bits"
 
 
 def _lost(row: Row, reference_nll: Sequence[float]) -> str:
     """Rise of the mean negative log-likelihood, nats per token, paired."""
     differences = [ours - theirs for ours, theirs in zip(row.nll, reference_nll, strict=True)]
     return with_error(mean(differences), stderr(differences))
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _spaced(lines: Sequence[str]) -> list[str]:

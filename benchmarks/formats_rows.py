@@ -64,8 +64,9 @@ class Row:
 
     @staticmethod
     def from_mapping(mapping: dict[str, Any]) -> "Row":
-        stored = {name: mapping[name] for name in Row.__slots__}
-        return Row(**{**stored, "kl": tuple(stored["kl"]), "nll": tuple(stored["nll"])})
+        stored: dict[str, Any] = {name: mapping[name] for name in Row.__slots__}
+        stored["kl"], stored["nll"] = tuple(stored["kl"]), tuple(stored["nll"])
+        return Row(**stored)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +187,9 @@ def comparisons(rows: Sequence[Row], curve: Sequence[Row]) -> list[Comparison]:
 
 
 def tally(found: Sequence[Comparison]) -> str:
-    """How many rows are better, worse, or neither, in words."""
-    verdicts = [each.ratio.verdict for each in found]
-    better, worse, neither = (verdicts.count(verdict) for verdict in (-1, 1, 0))
-    return f"of {len(found)} rows {better} are better, {worse} worse, {neither} not told apart"
+    """How many rows are better, worse, or neither, and by how much, in words."""
+    ratios = [each.ratio for each in found]
+    better, worse, neither = ([each.verdict for each in ratios].count(verdict) for verdict in (-1, 1, 0))
+    values = [each.value for each in ratios]
+    span = f"ratio {values[0]:.2f}" if len(values) == 1 else f"ratios {min(values):.2f} to {max(values):.2f}"
+    return f"better in {better} of {len(found)}, worse in {worse}, not told apart in {neither}; {span}"

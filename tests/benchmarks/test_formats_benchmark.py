@@ -115,9 +115,9 @@ INT8 = row(8.0, (0.00011, 0.00012), scheme="W8A16-channel", code_bits=8.0)
 
 
 def test_answers_follow_the_rows() -> None:
-    assert "Of 1 rows 1 are better" in page.nf4_against_int4([NF4, INT4])
+    assert "8 bits: better in 1 of 1" in page.nf4_against_int4([NF4, INT4])
     swapped = [row(4.127, NF4.kl), row(4.125, INT4.kl, scheme="nf4-g64", family="fixed table")]
-    assert "1 worse" in page.nf4_against_int4(swapped)
+    assert "32: better in 0 of 1, worse in 1" in page.nf4_against_int4(swapped)
     nll = (1.0, 1.0)
     assert "**No.** The best of all, nf4-g64-dq rtn" in page.four_against_eight([NF4, INT4, INT8], nll)
     as_good = row(4.127, INT8.kl, scheme="nf4-g64-dq", family="fixed table")
@@ -128,7 +128,7 @@ def test_learned_tables_are_compared_with_integers_of_their_method() -> None:
     learned = row(4.125, (0.02, 0.021), scheme="lut4-g128", method="weighted", family="learned table")
     unfair, fair = row(4.125, (0.01, 0.011)), row(4.125, (0.04, 0.042), method="weighted")
     text = page.learned_against_uniform([learned, unfair, fair])
-    assert "lut4, weighted: of 1 rows 1 are better" in text
+    assert "lut4, weighted: better in 1 of 1" in text
 
 
 def test_the_table_ascends_in_bits_and_marks_both_pareto_sets() -> None:

@@ -177,6 +177,13 @@ def test_experts_of_one_parameter_are_alike_and_symmetric(pair: tuple[str, str |
         choose({"q": "W8A8", "experts[0]": pair[0], "experts[1]": pair[1]})
 
 
+def test_experts_kept_as_they_are_need_our_own_layout() -> None:
+    schemes = {"q": "W8A8", "experts[0]": None, "experts[1]": None}
+    assert choose(schemes) == {"q": own.NAME}
+    with pytest.raises(RecipeError, match=r"^experts: kept in 16 bit\. Transformers reads the experts"):
+        choose(schemes, "compressed-tensors")
+
+
 def test_experts_beside_a_site_that_only_our_own_layout_holds() -> None:
     with pytest.raises(RecipeError, match=r"^q: nf4-g64 with 128 columns"):
         choose({"q": "nf4", **EXPERTS})

@@ -129,6 +129,34 @@ def test_float32_alone_would_not_be_exact() -> None:
     assert reference.EXACT_FLOAT32 == 2**24 == int(torch.tensor(2**24 + 1).float())
 
 
+@pytest.mark.parametrize(
+    ("format", "value", "zero"),
+    [
+        (IntegerFormat(bits=8, symmetric=True), -128, None),
+        (IntegerFormat(bits=8, symmetric=True), 127, None),
+        (IntegerFormat(bits=8, symmetric=False), 255, 0),
+        (IntegerFormat(bits=8, symmetric=False), -255, 255),
+    ],
+)
+def test_a_single_one_survives_sums_beyond_float32(format: LevelFormat, value: int, zero: int | None) -> None:
+    """Two groups of the largest products there are, of opposite scales, and a single 1 in the first."""
+    width = 4097
+    unit = value // abs(value)
+    largest = torch.full((width - 1,), value)
+    # Even and beyond 2^24, so that with the 1 it is no float32 any more.
+    assert (width - 1) * value**2 > reference.EXACT_FLOAT32
+
+    def codes_of(last: tuple[int, int], granularity: Granularity, scale: list[float]) -> QTensor:
+        values = torch.cat([largest, torch.tensor(last[:1]), largest, torch.tensor(last[1:])])
+        zero_point = None if zero is None else torch.full((1, len(scale)), zero, dtype=torch.int32)
+        scales = torch.tensor([scale])
+        grid = Grid(format=format, granularity=granularity, in_features=2 * width, scale=scales, zero_point=zero_point)
+        return QTensor(codes=(values + (zero or 0)).to(format.code_dtype)[None], grid=grid)
+
+    weight = codes_of((unit, unit), group(width), [1.0, -1.0])
+    assert product(codes_of((unit, 0), TENSOR, [1.0]), weight).item() == 1.0
+
+
 @pytest.mark.parametrize("num_columns", [1, 2, 1031, 1032, 1033, 2064, 2065])
 def test_runs_end_where_they_should(num_columns: int) -> None:
     x, weight = torch.ones(2, num_columns), -torch.ones(3, num_columns)
@@ -264,14 +292,19 @@ def test_no_tokens_at_all(shape: tuple[int, ...]) -> None:
 def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
     x = torch.randn(3, 64)
     x[1, 5] = value
-    with pytest.raises(VerificationError, match="NaN or Inf"):
-        linear(x, site_of(torch.randn(NUM_OUT, 64), W8A8))
+    static = inputs_of(torch.randn(3, 64), integers(8, True), Granularity(kind="columns", group_size=32))
+    for inputs in (W8A8, static):
+        with pytest.raises(VerificationError, match="NaN or Inf"):
+            linear(x, site_of(torch.randn(NUM_OUT, 64), inputs))
 
 
 def test_inputs_of_another_width_are_refused() -> None:
     site = site_of(torch.randn(NUM_OUT, 64), W8A8)
+    for inputs in (W8A8, None):
+        with pytest.raises(ShapeError, match=r"linear: inputs \[3, 65\] must be \[\.\.\., 64\]"):
+            linear(torch.randn(3, 65), QuantizedSite(weight=site.weight, inputs=inputs))
     with pytest.raises(ShapeError, match=r"product: inputs \[3, 65\] and weight \[6, 64\] must have as many columns"):
-        linear(torch.randn(3, 65), site)
+        product(W8A8.quantize(torch.randn(3, 65)), site.weight)
 
 
 def test_finer_codes_come_closer_to_the_product_of_floats() -> None:

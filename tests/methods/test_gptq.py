@@ -13,10 +13,13 @@ from torch import Tensor
 from bitwright.errors import SingularHessian
 from bitwright.methods.gptq import gptq
 from bitwright.methods.rtn import rtn
+from bitwright.numerics.fitting import fit
+from bitwright.numerics.formats import FORMATS
 from bitwright.numerics.granularity import Granularity
-from bitwright.numerics.grid import Grid
+from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.ranges import fit_grid
+from bitwright.numerics.scale_formats import SCALE_FORMATS
 
 NUM_ROWS, NUM_COLUMNS = 11, 50
 INT3, UINT3 = IntegerFormat(bits=3, symmetric=True), IntegerFormat(bits=3, symmetric=False)
@@ -24,7 +27,28 @@ PER_TENSOR, PER_CHANNEL = Granularity(kind="tensor"), Granularity(kind="channel"
 RAGGED = Granularity(kind="group", group_size=12)  # four groups of 12 and a tail of 2; crosses the borders of 7 and 32
 BLOCKS = [1, 7, 32, 128, NUM_COLUMNS]
 EVERY_FORMAT = pytest.mark.parametrize("number", [INT3, UINT3], ids=lambda f: f.name)
-EVERY_GRANULARITY = pytest.mark.parametrize("granularity", [PER_TENSOR, PER_CHANNEL, RAGGED], ids=lambda g: g.kind)
+TILES = Granularity(kind="block", group_size=12, block_rows=4)  # ragged on both sides
+EVERY_GRANULARITY = pytest.mark.parametrize(
+    "granularity", [PER_TENSOR, PER_CHANNEL, RAGGED, TILES], ids=lambda g: g.kind
+)
+# Grids whose levels or scales are of another kind: format, granularity, scales.
+OTHER_GRIDS = {
+    "fp8": ("fp8-e4m3", PER_CHANNEL, "float32"),
+    "fp8-block": ("fp8-e4m3", TILES, "float32"),
+    "nvfp4": ("fp4-e2m1", Granularity(kind="group", group_size=16), "e4m3"),
+    "mxfp4": ("fp4-e2m1", RAGGED, "e8m0"),
+    "mxint8": ("int8", RAGGED, "e8m0-int8"),
+    "nf4": ("nf4", RAGGED, "float32"),
+    "lut3": ("lut3", RAGGED, "float32"),
+    "lloyd3": ("lloyd3-gaussian", PER_CHANNEL, "float32"),
+    "kmeans3": ("kmeans3", PER_CHANNEL, "float32"),
+    "kmeans2-group": ("kmeans2", RAGGED, "float32"),
+    "kmeans3-block": ("kmeans3", TILES, "float32"),
+    "kmeans3-tensor": ("kmeans3", PER_TENSOR, "float32"),
+    "ternary": ("ternary", RAGGED, "float32"),
+    "binary": ("binary", RAGGED, "float32"),
+}
+EVERY_OTHER_GRID = pytest.mark.parametrize("kind", list(OTHER_GRIDS))
 
 
 def generator(seed: int) -> torch.Generator:
@@ -61,10 +85,16 @@ class Refit:
         return fit_grid(current, self.number, PER_CHANNEL)
 
 
+def other_grid(kind: str, weight: Tensor) -> AnyGrid:
+    name, granularity, scale = OTHER_GRIDS[kind]
+    format = FORMATS[name]
+    return fit(weight.float(), format, granularity, method="mse", importance=None, scale=SCALE_FORMATS[scale])
+
+
 def naive_obq(
     weight: Tensor,
     hessian: Tensor,
-    grid: Grid,
+    grid: AnyGrid,
     *,
     damp: float = 0.01,
     act_order: bool = False,
@@ -79,24 +109,14 @@ def naive_obq(
     damped = hessian + damp * hessian.diagonal()[live].mean() * torch.eye(NUM_COLUMNS, dtype=torch.float64)
     left = sorted(range(NUM_COLUMNS), key=lambda j: -float(hessian[j, j])) if act_order else list(range(NUM_COLUMNS))
     work = torch.where(live, weight, 0.0)
-    scale, zero_point = grid.scale.clone(), None if grid.zero_point is None else grid.zero_point.clone()
     width = grid.granularity.columns_per_group(NUM_COLUMNS)
     codes = torch.zeros(weight.shape, dtype=grid.format.code_dtype)
+    now, column = grid, 0
     while left:
         j = left[0]
         if refit is not None and j % width == 0:
-            fitted = refit(work[:, j : j + width], j, min(j + width, NUM_COLUMNS))
-            scale[:, j // width] = fitted.scale[:, 0]
-            if zero_point is not None and fitted.zero_point is not None:
-                zero_point[:, j // width] = fitted.zero_point[:, 0]
-        now = Grid(
-            format=grid.format,
-            granularity=grid.granularity,
-            in_features=NUM_COLUMNS,
-            scale=scale,
-            zero_point=zero_point,
-        )
-        codes[:, j], value = now.round_column(work[:, j], j)
+            now, column = refit(work[:, j : j + width], j, min(j + width, NUM_COLUMNS)), j
+        codes[:, j], value = now.round_column(work[:, j], j - column)
         inverse = torch.linalg.inv(damped[left][:, left])
         work[:, left] -= torch.outer((work[:, j] - value) / inverse[0, 0], inverse[0])
         left = left[1:]
@@ -114,6 +134,19 @@ def test_the_result_does_not_depend_on_the_block_size(
     results = [gptq(weight, hessian, grid, block=block, act_order=act_order).codes for block in BLOCKS]
     assert not torch.equal(results[0], rtn(weight, grid).codes), "no update took place; the test shows nothing"
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@EVERY_OTHER_GRID
+def test_every_kind_of_grid_is_solved_as_by_a_naive_obq_whatever_the_block_size(kind: str, act_order: bool) -> None:
+    weight, hessian = weight_of(), hessian_of()
+    grid = other_grid(kind, weight)
+    results = [gptq(weight, hessian, grid, block=block, act_order=act_order) for block in BLOCKS]
+    expected = naive_obq(weight, hessian, grid, act_order=act_order)
+    assert not torch.equal(expected, rtn(weight, grid).codes), "no update took place; the test shows nothing"
+    for result in results:
+        assert torch.equal(result.codes, expected)
+        assert torch.equal(result.dequantize(), grid.dequantize(expected))
 
 
 @EVERY_FORMAT
@@ -173,6 +206,18 @@ def test_uncorrelated_inputs_give_round_to_nearest(
         assert torch.equal(found.codes, rtn(weight, grid).codes)
 
 
+@EVERY_OTHER_GRID
+def test_every_kind_of_grid_gains_on_correlated_inputs_and_nothing_on_others(kind: str) -> None:
+    for seed in range(3):
+        weight, hessian = weight_of(seed), hessian_of(seed)
+        grid = other_grid(kind, weight)
+        nearest = rtn(weight, grid)
+        found = gptq(weight, hessian, grid)
+        assert loss(weight, found.dequantize(), hessian) < loss(weight, nearest.dequantize(), hessian)
+        identity = gptq(weight, torch.eye(NUM_COLUMNS, dtype=torch.float64), grid)
+        assert torch.equal(identity.codes, nearest.codes)
+
+
 @pytest.mark.parametrize("act_order", [True, False])
 def test_never_worse_than_round_to_nearest_on_correlated_inputs(act_order: bool) -> None:
     for seed, number in product(range(8), [INT3, UINT3, IntegerFormat(bits=4, symmetric=True)]):
@@ -202,6 +247,16 @@ def test_dead_columns_become_zero_and_disturb_no_other(number: IntegerFormat, ac
     )
     alone = gptq(weight[:, ~dead], hessian[~dead][:, ~dead], live, act_order=act_order)
     assert torch.equal(found.codes[:, ~dead], alone.codes)
+
+
+@EVERY_OTHER_GRID
+def test_dead_columns_become_the_level_next_to_zero(kind: str) -> None:
+    weight, hessian = weight_of(), hessian_of()
+    dead = [0, 13, 49]
+    hessian[dead], hessian[:, dead] = 0.0, 0.0
+    grid = other_grid(kind, weight)
+    zeros = torch.zeros(NUM_ROWS, NUM_COLUMNS)
+    assert torch.equal(gptq(weight, hessian, grid).codes[:, dead], grid.quantize(zeros)[:, dead])
 
 
 def test_inputs_that_are_all_dead_give_zero() -> None:
@@ -234,6 +289,17 @@ def test_stacked_rows_are_solved_as_if_alone() -> None:
         assert torch.equal(stacked.rows(first, end).codes, alone.codes)
         assert torch.equal(stacked.rows(first, end).dequantize(), alone.dequantize())
         first = end
+
+
+@EVERY_OTHER_GRID
+def test_stacked_rows_are_solved_as_if_alone_on_every_kind_of_grid(kind: str) -> None:
+    weight, hessian = weight_of(num_rows=12), hessian_of()
+    grid = other_grid(kind, weight)
+    stacked = gptq(weight, hessian, grid)
+    for first, end in ((0, 4), (4, 12)):
+        alone = gptq(weight[first:end], hessian, grid.rows(first, end))
+        assert torch.equal(stacked.rows(first, end).codes, alone.codes)
+        assert torch.equal(stacked.rows(first, end).dequantize(), alone.dequantize())
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, NUM_COLUMNS - 1])

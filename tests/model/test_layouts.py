@@ -344,8 +344,9 @@ def test_a_group_that_cannot_be_read_is_refused(arguments: dict[str, Any]) -> No
 def test_older_packing_of_straddling_widths_is_refused(bits: int) -> None:
     scheme = Scheme.parse(f"W{bits}A16-channel")
     stored = ct.encode(ct.PACKED, random_site(scheme, (4, 32)))
-    with pytest.raises(CheckpointError, match=rf"{bits}-bit weights packed by compressed-tensors 0\.16\.1 use"):
-        read(scheme, version="0.16.1").weights(stored_names(stored))
+    with pytest.raises(CheckpointError, match=rf"{bits}-bit weights packed by compressed-tensors 0\.17\.1 use"):
+        read(scheme, version="0.17.1").weights(stored_names(stored))
+    assert read(scheme, version="0.18.0").weights(stored_names(stored))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

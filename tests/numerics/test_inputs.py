@@ -9,6 +9,7 @@ from bitwright.errors import RecipeError, ShapeError, VerificationError
 from bitwright.numerics.block_scales import E8M0Scale, FixedFp8Scale, Fp8Scale, MxInputScale
 from bitwright.numerics.formats import LevelFormat
 from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.grid import Grid
 from bitwright.numerics.inputs import InputQuantizer, QuantizedSite, static_grid
 from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.minifloat import E2M1, E4M3
@@ -41,6 +42,11 @@ def step_bound(format: LevelFormat, scale: Tensor, values: Tensor) -> Tensor:
     return torch.maximum(values.abs() * 2.0**-4, scale * 2.0**-10) * (1 + 2.0**-20)
 
 
+def grid_of(quantized: QTensor) -> Grid:
+    assert isinstance(quantized.grid, Grid)
+    return quantized.grid
+
+
 @EVERY_FORMAT
 @pytest.mark.parametrize("granularity", DYNAMIC, ids=lambda g: g.kind)
 def test_dynamic_scales_cover_what_they_are_found_from(format: LevelFormat, granularity: Granularity) -> None:
@@ -49,9 +55,9 @@ def test_dynamic_scales_cover_what_they_are_found_from(format: LevelFormat, gran
     result = InputQuantizer(format=format, granularity=granularity).quantize(x)
     assert result.grid.granularity == granularity
     assert result.grid.format == format
-    assert torch.equal(result.grid.scale, fit_grid(x, format, granularity).scale)
+    assert torch.equal(grid_of(result).scale, fit_grid(x, format, granularity).scale)
     groups = granularity.split(x)
-    scale = granularity.join(result.grid.scale.unsqueeze(-1).expand_as(groups), NUM_TOKENS, WIDTH)
+    scale = granularity.join(grid_of(result).scale.unsqueeze(-1).expand_as(groups), NUM_TOKENS, WIDTH)
     assert ((result.dequantize() - x).abs() <= step_bound(format, scale, x)).all()
     assert torch.equal(x, before)
 
@@ -68,6 +74,35 @@ def test_per_token_and_per_group_scales_do_not_see_other_tokens(format: LevelFor
             assert torch.equal(part.dequantize(), whole.dequantize()[start:stop])
     tensor = InputQuantizer(format=format, granularity=TENSOR)
     assert not torch.equal(tensor.quantize(x[:2]).dequantize(), tensor.quantize(x).dequantize()[:2])
+
+
+def shared(x: Tensor, granularity: Granularity) -> list[tuple[tuple[int, int], Tensor]]:
+    """The position [R, G] of each scale, and the inputs it serves; spelled out, not by `split`."""
+    rows = [x] if granularity.kind in ("tensor", "columns") else [row[None] for row in x]
+    borders = [(0, 8), (8, 16), (16, WIDTH)] if granularity.group_size else [(0, WIDTH)]
+    return [((r, g), row[:, start:end]) for r, row in enumerate(rows) for g, (start, end) in enumerate(borders)]
+
+
+@pytest.mark.parametrize("granularity", [*DYNAMIC, COLUMNS], ids=lambda g: g.kind)
+def test_dynamic_symmetric_scales_are_absmax_over_the_largest_code(granularity: Granularity) -> None:
+    x = activations()
+    scale = grid_of(InputQuantizer(format=INT8, granularity=granularity).quantize(x)).scale
+    assert tuple(scale.shape) == granularity.scale_shape(*x.shape)
+    for position, values in shared(x, granularity):
+        assert scale[position] == (values.abs().max().double() / 127).float()
+
+
+@pytest.mark.parametrize("granularity", [*DYNAMIC, COLUMNS], ids=lambda g: g.kind)
+def test_dynamic_asymmetric_grids_reach_from_end_to_end(granularity: Granularity) -> None:
+    x = activations()
+    for format in (UINT8, IntegerFormat(bits=4, symmetric=False)):
+        grid = grid_of(InputQuantizer(format=format, granularity=granularity).quantize(x))
+        assert grid.zero_point is not None
+        for position, values in shared(x, granularity):
+            low, high = values.min().double().clamp(max=0), values.max().double().clamp(min=0)
+            scale = ((high - low) / format.qmax).float()
+            assert grid.scale[position] == scale
+            assert grid.zero_point[position] == int(torch.round(-low / scale.double()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -114,7 +149,9 @@ def test_a_static_grid_is_the_minmax_grid_of_its_range(format: LevelFormat, gran
     expected = fit_grid(x, format, granularity)
     assert grid.scale.shape == granularity.scale_shape(NUM_TOKENS, WIDTH)
     assert torch.equal(grid.scale, expected.scale)
-    assert grid.zero_point is None or torch.equal(grid.zero_point, expected.zero_point)
+    if grid.zero_point is not None:
+        assert expected.zero_point is not None
+        assert torch.equal(grid.zero_point, expected.zero_point)
     quantizer = InputQuantizer(format=format, granularity=granularity, static=grid)
     assert torch.equal(quantizer.quantize(x).codes, expected.quantize(x))
 
@@ -180,12 +217,36 @@ def test_a_static_grid_reaches_exactly_as_far_as_the_observer_says(
     assert ((bottom - low).abs() <= grid.scale[0] * (0.5 + 2.0**-12)).all()
 
 
+@EVERY_FORMAT
+@pytest.mark.parametrize("granularity", [TENSOR, COLUMNS], ids=lambda g: g.kind)
+def test_static_grid_of_observed_ends_is_the_minmax_grid_of_all_inputs(
+    format: LevelFormat, granularity: Granularity
+) -> None:
+    x = activations(64)
+    observer = OBSERVERS["minmax"](num_channels=WIDTH, granularity=granularity)
+    for batch in x.split(10):
+        observer.observe(batch)
+    grid = static_grid(*observer.range(format), format, granularity, WIDTH)
+    expected = fit_grid(x, format, granularity)
+    assert torch.equal(grid.scale, expected.scale)
+    assert (grid.zero_point is None) == (expected.zero_point is None)
+    if grid.zero_point is not None and expected.zero_point is not None:
+        assert torch.equal(grid.zero_point, expected.zero_point)
+    assert grid.in_features == WIDTH
+
+
 def test_a_group_that_saw_only_zeros_has_a_scale() -> None:
     low, high = torch.tensor([-1.0, 0.0, 0.0]).double(), torch.tensor([1.0, 0.0, 2.0]).double()
     for format in FORMATS:
         grid = static_grid(low, high, format, COLUMNS, WIDTH)
         x = torch.zeros(1, WIDTH)
         assert torch.equal(grid.fake_quantize(x), x)
+
+
+@pytest.mark.parametrize("num_ends", [1, 2, 4])
+def test_static_grid_refuses_ends_of_other_groups(num_ends: int) -> None:
+    with pytest.raises(ShapeError, match=rf"\[{num_ends}\].*\[3\]"):
+        static_grid(-torch.ones(num_ends), torch.ones(num_ends), INT8, COLUMNS, WIDTH)
 
 
 @pytest.mark.parametrize("granularity", [TOKEN, *DYNAMIC[1:], Granularity(kind="channel")], ids=lambda g: g.kind)

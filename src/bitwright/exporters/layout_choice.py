@@ -81,7 +81,7 @@ def _ct_problem(
     packed zero points by one scheme.
     """
     experts = {plan[site.name].effective for site in sites if site.index is not None}
-    if len(experts) > 1 or any(scheme is not None and _has_zero_point(scheme) for scheme in experts):
+    if len(experts) > 1 or any(scheme is None or _has_zero_point(scheme) for scheme in experts):
         names = ", ".join(sorted(KEPT if scheme is None else str(scheme) for scheme in experts))
         return (
             f"experts: {names}. Transformers reads the experts of this model only if all are quantized by one "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, ShapeError
 from bitwright.numerics.formats import LevelFormat
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
@@ -85,9 +85,13 @@ def static_grid(
         scale: how the checkpoint will store the scale.
     Raises:
         RecipeError: another granularity.
+        ShapeError: low or high is not [G].
     """
     if not granularity.spans_rows:
         raise RecipeError(f"a static scale cannot be per {granularity.kind}, which only a call knows.")
+    expected = (granularity.num_groups(in_features),)
+    if low.shape != expected or high.shape != expected:
+        raise ShapeError(f"static scale: ends {list(low.shape)} and {list(high.shape)} must be {list(expected)}.")
     # The two ends of each range, spread over a group's columns, are a matrix whose min-max grid is the one wanted.
     width = granularity.columns_per_group(in_features)
     ends = torch.stack([low, high]).float().repeat_interleave(width, dim=1)[:, :in_features]

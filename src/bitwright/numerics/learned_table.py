@@ -27,7 +27,7 @@ from bitwright.numerics.table import TableFormat, normal_float
 ROUNDS = 4
 SAMPLE = 2**15
 """Weights that a table is learned on, about: two thousand for each of 16 levels."""
-GOLDEN = (5**0.5 - 1) / 2
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def table_format(bits: int, levels: Tensor) -> TableFormat:
@@ -90,16 +90,16 @@ def _sample(weight: Tensor, granularity: Granularity) -> Tensor:
     if share >= 1:
         return weight
     tile = torch.arange(weight.shape[0]) // (granularity.block_rows or 1)
-    return weight[(tile * GOLDEN % 1 < share).to(weight.device)]
+    return weight[(tile * _GOLDEN % 1 < share).to(weight.device)]
 
 
 def _learn(
     weight: Tensor, start: TableFormat, granularity: Granularity, importance: Tensor | None, scale: ScaleFormat
 ) -> TableFormat:
-    """Fit scales and table in turn, and return the best table seen.
+    """Fit scales and table in turn, and return the last table that was not seen to be worse than the one before.
 
     Neither step is sure to lower the error: k-means may end in a local optimum, and the search need not try the old
-    scale. So the error is measured in each round.
+    scale. So the error is measured in each round, except for the last table, which the whole weight will judge.
     """
     table = best = start
     best_error = float("inf")
@@ -110,7 +110,15 @@ def _learn(
         best, best_error = table, error
         if error == 0:
             return best
-        table = table_format(start.bits, _fit_levels(weight, grid, importance, start.bits))
+        levels = _fit_levels(weight, grid, importance, start.bits)
+        largest = levels.abs().max()
+        if largest == 0:  # Whatever counts vanishes beside the weights that share its scales.
+            return best
+        # Like the start's, the largest level is 1: what a table measures is left to its scales. No level is so near to
+        # 0 that the scale which brings it to the largest weight would overflow.
+        levels = levels / largest
+        levels[levels.abs() < torch.finfo(levels.dtype).eps] = 0
+        table = table_format(start.bits, levels)
     return table
 
 
@@ -118,11 +126,13 @@ def _fit_levels(weight: Tensor, grid: Grid, importance: Tensor | None, bits: int
     """Return the levels [K] of least error for the weights as the grid scales them."""
     split, factors = grid.granularity.split, grid.scale.float().unsqueeze(-1)
     scaled = split(weight.float()) / factors
-    # Padding has the importance 0, as `split` pads with it. A common factor of the importance changes nothing.
     counts = split(_counts(weight, importance).expand(weight.shape))
     counts = counts * (factors.to(counts.dtype) / factors.abs().max()).square()
+    # Padding has the importance 0, as `split` pads with it, and goes with the columns that do not count.
+    counting = counts > 0
+    values, counts = scaled[counting][None], counts[counting][None]
     table, whole = CodebookFormat(bits=bits), Granularity(kind="tensor")
-    return fit_codebook(scaled.reshape(1, -1), table, whole, importance=counts.reshape(1, -1)).codebook.flatten()
+    return fit_codebook(values, table, whole, importance=counts).codebook.flatten()
 
 
 def _counts(weight: Tensor, importance: Tensor | None) -> Tensor:

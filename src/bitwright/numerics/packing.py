@@ -5,7 +5,7 @@ not divide 32 straddle words. 32 elements fill exactly b words, so that the layo
 
     b = 3   word 0: e0 e1 .. e9 and 2 bits of e10    word 1: 1 bit of e10, e11 ..    word 2: .. e31
 
-The same layout as compressed-tensors from 0.17 on, whose signed codes q are stored as q + 2^(b-1). Earlier versions put
+The same layout as compressed-tensors from 0.18 on, whose signed codes q are stored as q + 2^(b-1). Earlier versions put
 floor(32 / b) elements into each word, which differs for b = 3, 5, 6, 7.
 """
 

@@ -14,13 +14,13 @@ from bitwright.numerics.inputs import QuantizedSite
 from bitwright.schemes import Scheme
 
 COMPRESSED_TENSORS = "compressed-tensors"
-CT_VERSION = "0.17.0"
+CT_VERSION = "0.20.0"
 OWN_VERSION = 1
 CT_PARTS = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight",
     "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
-WIDTHS_PACKED_ALIKE_BEFORE_0_17 = (1, 2, 4, 8)
+WIDTHS_PACKED_ALIKE_BEFORE_0_18 = (1, 2, 4, 8)
 
 
 class StoredQuantization(Protocol):
@@ -152,11 +152,11 @@ class CtQuantization:
         _, layout, entry = self._group(module)
         bits = int(entry["weights"]["num_bits"])
         numbers = [int(n) for n in re.findall(r"\d+", self.version)[:2]]
-        is_packed = layout == compressed_tensors.PACKED and bits not in WIDTHS_PACKED_ALIKE_BEFORE_0_17
-        if is_packed and numbers < [0, 17]:
+        is_packed = layout == compressed_tensors.PACKED and bits not in WIDTHS_PACKED_ALIKE_BEFORE_0_18
+        if is_packed and numbers < [0, 18]:
             raise CheckpointError(
                 f"{self.path}: {bits}-bit weights packed by compressed-tensors {self.version} use an older layout. "
-                "Save the model again with version 0.17 or newer."
+                "Save the model again with version 0.18 or newer."
             )
 
 
