@@ -307,7 +307,9 @@ def test_asymmetric_scheme_beside_another_is_refused(
     options: dict[str, Any] = {"layout": "compressed-tensors"}
     rules = [{"pattern": "*.q_proj", "scheme": "W8A16"}]
     with pytest.raises(RecipeError, match=r"W4A16-g32-asym, W8A16-channel: transformers reads .* Use symmetric"):
-        pipeline.quantize(models[torch.float32], recipe(text, "W4A16-g32-asym", rules=rules, **options), tmp_path / "run")
+        pipeline.quantize(
+            models[torch.float32], recipe(text, "W4A16-g32-asym", rules=rules, **options), tmp_path / "run"
+        )
     with pytest.raises(RecipeError, match="W4A16-g32-asym, W4A16-g43-asym: transformers reads"):
         pipeline.quantize(build(intermediate_size=172), recipe(text, "W4A16-g32-asym", **options), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -3,25 +3,29 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.errors import BitwrightError, RecipeError, ShapeError, UnknownName
+from bitwright.errors import BitwrightError, RecipeError, ShapeError
+from bitwright.numerics.formats import FORMATS
 from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.ranges import RANGE_METHODS
 from bitwright.recipe import (
-    COMMON_SCHEMES,
+    LEVEL_METHODS,
     Calibration,
     GptqOptions,
     Plan,
+    RangeMethod,
     Recipe,
     Rule,
-    Scheme,
     load_recipe,
     matches,
     resolve,
 )
+from bitwright.schemes import FAMILIES, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,70 +47,6 @@ def scheme(name: str) -> Scheme:
     return Scheme.parse(name)
 
 
-# Schemes
-
-
-@pytest.mark.parametrize(
-    ("name", "canonical", "bits", "symmetric", "kind", "group_size"),
-    [
-        ("W4A16", "W4A16-g128", 4, True, "group", 128),
-        ("W8A16", "W8A16-channel", 8, True, "channel", None),
-        ("W8A16-channel-asym", "W8A16-channel-asym", 8, False, "channel", None),
-        ("W3A16-g64-asym", "W3A16-g64-asym", 3, False, "group", 64),
-        ("W4A16-sym", "W4A16-g128", 4, True, "group", 128),
-        ("W2A16-tensor", "W2A16-tensor", 2, True, "tensor", None),
-        ("W8A16-g32", "W8A16-g32", 8, True, "group", 32),
-    ],
-)
-def test_scheme_names(name: str, canonical: str, bits: int, symmetric: bool, kind: str, group_size: int | None) -> None:
-    parsed = scheme(name)
-    assert str(parsed) == canonical
-    assert (parsed.weight_format.bits, parsed.weight_format.symmetric) == (bits, symmetric)
-    assert (parsed.granularity.kind, parsed.granularity.group_size) == (kind, group_size)
-
-
-@given(
-    bits=st.integers(2, 8),
-    granularity=st.one_of(st.just("channel"), st.just("tensor"), st.integers(1, 4096).map(lambda g: f"g{g}")),
-    symmetry=st.sampled_from(["", "-sym", "-asym"]),
-)
-def test_a_canonical_name_reads_back_to_the_same_scheme(bits: int, granularity: str, symmetry: str) -> None:
-    parsed = scheme(f"W{bits}A16-{granularity}{symmetry}")
-    assert scheme(str(parsed)) == parsed
-
-
-def test_common_schemes_are_canonical() -> None:
-    assert [str(scheme(name)) for name in COMMON_SCHEMES] == list(COMMON_SCHEMES)
-
-
-@pytest.mark.parametrize("name", ["W1A16", "W9A16-g128", "W16A16", "W0A16"])
-def test_bits_out_of_range_name_the_range(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"out of range\. Use 2 to 8"):
-        scheme(name)
-
-
-@pytest.mark.parametrize("name", ["W8A8", "W4A4-g128", "W4A8-channel"])
-def test_activation_quantization_is_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match="activation quantization is not available yet; use A16"):
-        scheme(name)
-
-
-@pytest.mark.parametrize(
-    "name", ["w4a16-g128", "W4A16-g0", "W4A16g128", "W4A16-g128-symm", "W4A16-token", "int4", "", "W4A16-g128 "]
-)
-def test_unknown_schemes_show_the_grammar_and_a_suggestion(name: str) -> None:
-    with pytest.raises(UnknownName, match=r"Schemes read W<bits>A16\[-g<size>\|-channel\|-tensor\]") as caught:
-        scheme(name)
-    if name.lower().startswith("w4a16"):
-        assert "Did you mean 'W4A16-" in str(caught.value)
-
-
-def test_a_restricted_range_has_no_name_and_is_refused() -> None:
-    restricted = dataclasses.replace(scheme("W4A16").weight_format, full_range=False)
-    with pytest.raises(RecipeError, match="full_range must be true"):
-        Scheme(weight_format=restricted, granularity=Granularity(kind="channel"))
-
-
 # Recipes
 
 FULL = """
@@ -119,7 +59,9 @@ rules:
   - {pattern: 're:.*layers\\.0\\..*', scheme: null}
 ignore: [lm_head, "*.o_proj"]
 range_method: mse
+importance: fisher
 ragged: divisor
+layout: bitwright
 gptq: {damp: 0.05, block: 64, act_order: false}
 calibration: {text: calib.txt, num_samples: 16, seqlen: 256, seed: 7}
 max_kl: 1
@@ -142,14 +84,16 @@ def test_a_full_recipe_is_read_exactly(tmp_path: Path) -> None:
         ),
         ignore=("lm_head", "*.o_proj"),
         range_method="mse",
+        importance="fisher",
         ragged="divisor",
+        layout="bitwright",
         gptq=GptqOptions(damp=0.05, block=64, act_order=False),
         calibration=Calibration(text="calib.txt", num_samples=16, seqlen=256, seed=7),
         max_kl=1.0,
     )
 
 
-@pytest.mark.parametrize("source", ["{}", FULL])
+@pytest.mark.parametrize("source", ["{}", FULL, "{scheme: kmeans4-g64-o0.45}", "{scheme: W4A8-static-entropy-actasym}"])
 def test_a_recipe_survives_the_round_trip_through_json(source: str, tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, source))
     again = Recipe.from_mapping(json.loads(json.dumps(recipe.to_mapping())))
@@ -173,6 +117,16 @@ def test_a_recipe_survives_the_round_trip_through_json(source: str, tmp_path: Pa
         ("gptq: {block: true}", r"recipe.yaml: gptq: block: must be a whole number, got True."),
         ("gptq: {act_order: 1}", r"recipe.yaml: gptq: act_order: must be true or false, got 1."),
         ("gptq: static", r"recipe.yaml: gptq: must hold keys and values, got the text 'static'."),
+        ("layout: gguf", r"recipe.yaml: layout: unknown value 'gguf'. Known: auto, bitwright, compressed-tensors."),
+        ("importance: fishre", r"recipe.yaml: importance: unknown value 'fishre'. Did you mean 'fisher'\?"),
+        ("scheme: nf4-asym", r"recipe.yaml: scheme: scheme 'nf4-asym': only integers have a zero point"),
+        ("scheme: ternry", r"recipe.yaml: scheme: unknown scheme 'ternry'. .*Did you mean 'ternary'\?"),
+        ("range_method: twm", r"recipe.yaml: range_method: unknown value 'twm'. Did you mean 'twn'\?"),
+        (
+            "range_method: twn",
+            r"recipe.yaml: range_method 'twn' is for ternary weights, and scheme W4A16-g128 has others. "
+            "Use range_method auto.",
+        ),
         ("ragged: pad", r"recipe.yaml: ragged: unknown value 'pad'. Known: auto, divisor, refuse."),
         ("range_method: minmx", r"recipe.yaml: range_method: unknown value 'minmx'. Did you mean 'minmax'\?"),
         ("ignore: lm_head", r"recipe.yaml: ignore: must be a list, got the text 'lm_head'."),
@@ -221,7 +175,9 @@ def test_the_hash_follows_what_determines_the_tensors() -> None:
         dataclasses.replace(base, rules=(Rule(pattern="*", scheme=None),)),
         dataclasses.replace(base, ignore=()),
         dataclasses.replace(base, range_method="mse"),
+        dataclasses.replace(base, importance="fisher"),
         dataclasses.replace(base, ragged="divisor"),
+        dataclasses.replace(base, layout="bitwright"),
         dataclasses.replace(base, gptq=GptqOptions(damp=0.02)),
         dataclasses.replace(base, calibration=Calibration(seed=1)),
     ]
@@ -234,6 +190,31 @@ def test_the_automatic_range_method_depends_on_statistics_and_a_named_one_never_
     assert Recipe(range_method="percentile").range_method_for(has_statistics=True) == "percentile"
     with pytest.raises(RecipeError, match="'importance' needs statistics"):
         Recipe(range_method="importance").range_method_for(has_statistics=False)
+
+
+def test_every_range_method_has_its_name_in_recipes() -> None:
+    assert set(get_args(RangeMethod)) == {*RANGE_METHODS, "auto", "importance"}
+    for method in RANGE_METHODS:
+        given = scheme("ternary") if method in LEVEL_METHODS else scheme("W4A16")
+        assert Recipe(scheme=given, range_method=method).range_method_for(has_statistics=True) == method  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("method", "formats"), [("absmean", {"ternary", "binary"}), ("twn", {"ternary"})])
+def test_methods_that_place_levels_are_refused_for_other_formats_before_any_work(
+    method: RangeMethod, formats: set[str]
+) -> None:
+    assert set(LEVEL_METHODS[method]) == formats <= set(FORMATS)
+    fitting = Recipe(scheme=scheme("ternary-g64"), range_method=method)
+    assert dataclasses.replace(fitting, rules=(Rule(pattern="*", scheme=None),)).range_method == method
+    for name in (*FAMILIES, "W2A16-g64", "W8A8"):
+        if name in formats:
+            assert Recipe(scheme=scheme(name), range_method=method).range_method == method
+            continue
+        says = f"range_method '{method}' is for .*ternary weights, and scheme {scheme(name)} has others"
+        with pytest.raises(RecipeError, match=says):
+            Recipe(scheme=scheme(name), range_method=method)
+        with pytest.raises(RecipeError, match=says):
+            dataclasses.replace(fitting, rules=(Rule(pattern="*.down_proj", scheme=scheme(name)),))
 
 
 def test_all_named_methods_are_listed_once() -> None:
@@ -324,6 +305,24 @@ def test_two_sites_of_one_name_are_refused() -> None:
         resolve(Recipe(), [FakeSite(name="a"), FakeSite(name="a")])
 
 
+@pytest.mark.parametrize(
+    ("name", "in_features", "effective"),
+    [
+        ("W4A8-g32-static-mse", 172, "W4A8-g43-static-mse"),
+        ("W4A8-g32", 64, "W4A8-g32"),
+        ("W8A8", 172, "W8A8-channel"),
+        ("fp8-block128", 172, "fp8-block128"),
+        ("kmeans4-g32-o0.45", 172, "kmeans4-g32-o0.45"),
+    ],
+)
+def test_the_effective_scheme_has_the_resolved_group_size(name: str, in_features: int, effective: str) -> None:
+    (entry,) = resolve(Recipe(scheme=scheme(name)), [FakeSite(name="a", in_features=in_features)]).sites.values()
+    assert str(entry.effective) == effective
+    assert entry.effective is not None
+    assert entry.granularity == entry.effective.weights.granularity
+    assert str(entry.scheme) == str(scheme(name))
+
+
 DOWN = "model.layers.3.mlp.down_proj"
 
 
@@ -344,6 +343,13 @@ def group_size(name: str, in_features: int, ragged: str) -> int | None:
         ("W4A16-channel", 37, "refuse", None),
         ("W4A16-tensor", 37, "refuse", None),
         ("W4A16-g37", 37, "refuse", 37),
+        # Formats with a shorter last group need no substitute.
+        *((name, 100, "refuse", 64) for name in ("nf4", "nf4-dq", "lut4", "kmeans4-g64", "ternary-g64", "fp8-g64")),
+        *((name, 100, "refuse", 32) for name in ("mxfp4", "mxint8", "fp4-e2m1")),
+        ("nvfp4", 100, "refuse", 16),
+        ("nf4-g128", 100, "refuse", 128),
+        ("fp8-block128", 100, "refuse", 128),
+        ("W8A8-block32", 100, "refuse", 32),
     ],
 )
 def test_resolved_group_sizes(name: str, in_features: int, ragged: str, expected: int | None) -> None:
@@ -389,7 +395,11 @@ def test_a_substitute_divides_the_row_and_is_recorded(row: int, asked: int) -> N
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
-    rules = (Rule(pattern="*.down_proj", scheme=scheme("W8A16"), method="rtn"),)
+    rules = (
+        Rule(pattern="*.down_proj", scheme=scheme("W8A16"), method="rtn"),
+        Rule(pattern="*.up_proj", scheme=scheme("W4A8-g64-static-entropy-actasym")),
+        Rule(pattern="*.o_proj", scheme=scheme("kmeans4-channel-o0.45")),
+    )
     plan = resolve(Recipe(scheme=scheme("W4A16-g64"), rules=rules), block_sites())
     (tmp_path / "3-plan.yaml").write_text(plan.to_yaml())
     again = Plan.load(tmp_path / "3-plan.yaml")

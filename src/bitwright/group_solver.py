@@ -19,6 +19,7 @@ from bitwright.model.skeleton import Skeleton
 from bitwright.numerics.block_scales import FixedFp8Scale
 from bitwright.numerics.entropy import ideal_bits_per_weight
 from bitwright.numerics.fitting import fit
+from bitwright.numerics.formats import Format
 from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.inputs import InputQuantizer, QuantizedSite, static_grid
 from bitwright.numerics.metrics import sqnr_db
@@ -116,11 +117,14 @@ class GroupSolver:
             fraction = entry.scheme.weights.outliers
             weight, outliers = split_outliers(weight, fraction, importance=stats.mean_square, dtype=dtype)
 
-        def refit(current: Tensor, first: int, end: int) -> AnyGrid:
-            return self._fit(entry, current, stats, slice(first, end), dtype)
-
         importance = self._weight_importance(stack, weight, outliers)
-        grid = self._fit(entry, weight, stats, slice(0, weight.shape[1]), dtype, importance)
+        columns = slice(0, weight.shape[1])
+        grid = self._fit(entry, entry.scheme.weights.format, weight, stats, columns, dtype, importance)
+
+        def refit(current: Tensor, first: int, end: int) -> AnyGrid:
+            # The grid's own format: a table learned for the whole weight stays, only scales are fitted again.
+            return self._fit(entry, grid.format, current, stats, slice(first, end), dtype)
+
         try:
             result = SOLVERS[method].solve(weight, grid, stats, self.recipe.gptq, refit)
         except SingularHessian as error:
@@ -133,6 +137,7 @@ class GroupSolver:
     def _fit(
         self,
         entry: SitePlan,
+        format: Format,
         weight: Tensor,
         stats: SiteStats,
         columns: slice,
@@ -150,7 +155,7 @@ class GroupSolver:
             importance = weight_importance if by_fisher else weight_importance * cast(Tensor, importance)
         return fit(
             weight,
-            entry.scheme.weights.format,
+            format,
             entry.granularity,
             method="mse" if range_method == "importance" else range_method,
             importance=importance,

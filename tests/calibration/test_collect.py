@@ -9,7 +9,9 @@ import transformers
 from torch import Tensor, nn
 
 from bitwright.calibration.collect import SiteStats, collect
+from bitwright.errors import DataError, VerificationError
 from bitwright.model.sites import Site, block_sites
+from bitwright.schemes import ActivationScheme, Scheme
 
 WIDTH, INNER = 24, 40
 GROUPS = [("b.q", "b.k", "b.v"), ("b.o",), ("b.up",), ("b.down",)]
@@ -219,3 +221,72 @@ def test_a_rarely_used_expert_trusts_its_correlations_less() -> None:
     )
     assert torch.equal(hessian_of(routed).diagonal(), hessian_of(plain).diagonal())
     assert torch.equal(hessian_of(routed), hessian_of(routed)), "reading it does not change it"
+
+
+# Ranges of the inputs
+
+STATIC, PERCENTILE, GROUPED, NVFP4 = (
+    scheme.activations
+    for scheme in map(
+        Scheme.parse, ("W8A8-static-minmax", "W8A8-static-percentile", "W8A8-static-minmax-actg8", "nvfp4")
+    )
+    if scheme.activations is not None
+)
+
+
+def calibrated_run(
+    block: nn.Module, inputs: list[Tensor], calibrated: dict[str, ActivationScheme], *, with_gram: bool = True
+) -> dict[str, SiteStats]:
+    calls = [lambda x=x: block(x) for x in inputs]
+    with torch.no_grad():
+        sites = block_sites(block, "b")
+        return collect(block, sites, GROUPS, lambda: calls, with_gram=with_gram, calibrated=calibrated)
+
+
+@pytest.mark.parametrize("with_gram", [True, False])
+def test_ranges_are_those_of_the_captured_inputs(with_gram: bool) -> None:
+    block = Block()
+    captured = Captured(block, ["q", "down"])
+    inputs = batches(torch.randn(7, 16, WIDTH), [3, 4])
+    stats = calibrated_run(block, inputs, {"b.k": STATIC, "b.down": GROUPED}, with_gram=with_gram)
+    low, high = stats["b.k"].observers[STATIC].range(STATIC.format)
+    assert (float(low), float(high)) == (float(captured["q"].min()), float(captured["q"].max()))
+    low, high = stats["b.down"].observers[GROUPED].range(GROUPED.format)
+    groups = captured["down"].reshape(-1, INNER // 8, 8)
+    assert torch.equal(low, groups.amin((0, 2)).clamp(max=0))
+    assert torch.equal(high, groups.amax((0, 2)).clamp(min=0))
+
+
+def test_each_way_of_quantizing_is_observed_once_for_a_group() -> None:
+    """q and v want the same range, k another; nobody asks for those of the other groups."""
+    wanted = {"b.q": STATIC, "b.k": PERCENTILE, "b.v": STATIC}
+    stats = calibrated_run(Block(), [torch.randn(2, 16, WIDTH)], wanted)
+    assert stats["b.q"].observers is stats["b.v"].observers
+    assert set(stats["b.q"].observers) == {STATIC, PERCENTILE}
+    ranges = [observer.range(STATIC.format) for observer in stats["b.q"].observers.values()]
+    assert float(ranges[0][1]) != float(ranges[1][1])
+    assert not stats["b.up"].observers
+    assert not run(Block(), [torch.randn(2, 5, WIDTH)], GROUPS)["b.q"].observers
+
+
+def test_a_level_above_run_time_scales_is_one_number() -> None:
+    """The scales of NVFP4 are found per group at run time; what is calibrated is the largest input of all."""
+    block = Block()
+    captured = Captured(block, ["up"])
+    stats = calibrated_run(block, [torch.randn(2, 16, WIDTH)], {"b.up": NVFP4})
+    low, high = stats["b.up"].observers[NVFP4].range(NVFP4.format)
+    assert low.shape == high.shape == (1,)
+    assert float(torch.maximum(-low, high)) == float(captured["up"].abs().max())
+
+
+def test_sites_that_no_token_reached_have_no_range() -> None:
+    stats = calibrated_run(Block(), [], {"b.up": STATIC})
+    with pytest.raises(DataError, match="saw no activations"):
+        stats["b.up"].observers[STATIC].range(STATIC.format)
+
+
+def test_inputs_without_a_range_name_their_site() -> None:
+    x = torch.randn(2, 16, WIDTH)
+    x[1, 3, 5] = torch.inf
+    with pytest.raises(VerificationError, match=r"^b\.q: activations hold NaN or Inf"):
+        calibrated_run(Block(), [x], {"b.k": STATIC})

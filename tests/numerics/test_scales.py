@@ -50,10 +50,10 @@ def module(name: str) -> Any:
 
 
 def test_the_table_of_names() -> None:
-    assert list(SCALE_FORMATS) == ["bfloat16", "e4m3", "e8m0", "e8m0-int8", "float16", "float32"]
+    assert list(SCALE_FORMATS) == ["bfloat16", "e4m3", "e8m0", "e8m0-int8", "float16", "float32", "nested"]
     assert all(SCALE_FORMATS[name].name == name for name in SCALE_FORMATS)
     assert [name for name in SCALE_FORMATS if bind(name).signed] == ["bfloat16", "float16", "float32"]
-    assert not any(SCALE_FORMATS[name].stored_afterwards for name in SCALE_FORMATS)
+    assert [name for name in SCALE_FORMATS if SCALE_FORMATS[name].stored_afterwards] == ["nested"]
     with pytest.raises(UnknownName, match=r"unknown scale format 'e8m'\. Did you mean 'e8m0'"):
         SCALE_FORMATS["e8m"]
 
