@@ -14,15 +14,19 @@ from bitwright.schemes import FAMILIES, Scheme
 # without training lose most of a model, but less than a uniform guess over its 2048 tokens (about 4.5 nats) would.
 LARGEST_KL = {8: 0.1, 7: 0.1, 6: 0.1, 5: 0.2, 4: 0.5, 3: 1.5, 2: 5.0, 1: 5.0}
 SCHEMES = (
-    *(f"W{bits}A16" for bits in range(2, 9)), "W4A16-g32", "W4A16-asym", "W4A16-tensor", "W4A16-block32", "W8A8",
-    *(f"W8A8-static-{name}" for name in ("minmax", "average", "percentile", "entropy", "mse")), "W8A8-acttensor",
-    "W8A8-static-actasym", "W8A8-static-actg64", "W4A8", "W4A8-asym", "W4A4-actg64", "fp8-static", "fp8-block128",
-    "fp8-tensor-a16", "nf4-b64-dq", "fp4-bnb-dq", "lut4-g64-dq", "kmeans4-g128", "kmeans4-channel-o0.45",
-    "kmeans3-tensor", "ternary-channel", "binary-tensor", *FAMILIES, "nvfp4-a16", "mxfp4-a16",
+    "W8A16", "W4A16", "W4A16-asym", "W3A16", "W2A16", "W8A8", "W8A8-static-entropy", "W4A8", "nf4-b64-dq",
+    "kmeans4-g128", "nvfp4-a16", *FAMILIES,
+)  # fmt: skip
+MORE_SCHEMES = (
+    "W7A16", "W6A16", "W5A16", "W4A16-g32", "W4A16-tensor", "W4A16-block32",
+    *(f"W8A8-static-{name}" for name in ("minmax", "average", "percentile", "mse")), "W8A8-acttensor",
+    "W8A8-static-actasym", "W8A8-static-actg64", "W4A8-asym", "W4A4-actg64", "fp8-static", "fp8-block128",
+    "fp8-tensor-a16", "fp4-bnb-dq", "lut4-g64-dq", "kmeans4-channel-o0.45", "kmeans3-tensor", "ternary-channel",
+    "binary-tensor", "mxfp4-a16",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_SCHEMES)])
 def test_a_scheme_quantizes_saves_reloads_and_evaluates(name: str, tmp_path: Path) -> None:
     scheme = Scheme.parse(name)
     calibrates = scheme.activations is not None and scheme.activations.observer is not None
