@@ -294,8 +294,8 @@ def test_experts_that_transformers_cannot_read_are_refused(
     tiny_mixtral_dir: Path, text: Path, tmp_path: Path, changes: dict[str, Any], names: str
 ) -> None:
     """It drops their zero points, and reads all of them by one scheme: nothing could prove the result."""
+    options = {"scheme": "W4A16-g16", "layout": "compressed-tensors", **changes}
     with pytest.raises(RecipeError, match=rf"experts: {names}\. Transformers .* one symmetric scheme\. Give them"):
-        options = {"scheme": "W4A16-g16", "layout": "compressed-tensors", **changes}
         pipeline.quantize(tiny_mixtral_dir, recipe(text, **options), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,7 @@
 """The grammar of schemes: what every name means, that names are canonical, what is refused, and what weights cost."""
 
+from itertools import permutations
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +23,12 @@ ALL_BASES = (*FAMILIES, *(f"W{bits}A{acts}" for bits in range(2, 9) for acts in 
 FREE_ACTIVATIONS = tuple(
     base for base in ALL_BASES if (acts := Scheme.parse(base).activations) is not None and acts.scale == "float32"
 )
+
+
+EVERY_OPTION = (
+    "channel", "tensor", "g64", "block32", "sym", "asym", "dq", "o0.45", "a16", "static", "dynamic", *OBSERVER_NAMES,
+    "token", "acttensor", "actg64", "actsym", "actasym",
+)  # fmt: skip
 
 
 def parse(name: str) -> Scheme:
@@ -212,6 +220,24 @@ def test_a_canonical_name_reads_back_to_the_same_scheme(name: str) -> None:
 )
 def test_canonical_names(name: str, canonical: str) -> None:
     assert str(parse(name)) == canonical
+
+
+@pytest.mark.parametrize("percent", ["0.0000001", "0.05", "0.123456789", "1.25", "4.999999999", "5"])
+def test_outliers_keep_every_digit(percent: str) -> None:
+    scheme = parse(f"kmeans4-channel-o{percent}")
+    assert scheme.weights.outliers == float(f"{percent}e-2")
+    assert str(scheme) == f"kmeans4-channel-o{percent}"
+
+
+@given(base=st.sampled_from(ALL_BASES), options=st.lists(st.sampled_from(EVERY_OPTION), min_size=2, max_size=3))
+def test_the_order_of_the_options_means_nothing_and_excuses_nothing(base: str, options: list[str]) -> None:
+    found: list[Scheme | None] = []
+    for permuted in permutations(options):
+        try:
+            found.append(parse("-".join([base, *permuted])))
+        except RecipeError:
+            found.append(None)
+    assert all(each == found[0] for each in found)
 
 
 def test_common_names_are_read_and_distinct() -> None:

@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright.errors import RecipeError, ShapeError, VerificationError
-from bitwright.numerics.nested import NestedScale, Rounding, StoredNestedScale, dynamic_map, quantize_blocks
-from bitwright.numerics.table import FP4_BNB, NF4, TableFormat
+from bitwright.numerics.nested import NestedScale, Rounding, StoredNestedScale, dynamic_map
 
 EPS = torch.finfo(torch.float32).eps
 TINY = torch.finfo(torch.float32).tiny
@@ -196,22 +195,3 @@ def test_bad_arguments_are_refused() -> None:
             nested_offset=torch.ones(1),
             block=256,
         )
-    with pytest.raises(ShapeError, match="in_features 96 is not divisible by block_size 64"):
-        quantize_blocks(torch.zeros(2, 96), NF4, block_size=64)
-
-
-@pytest.mark.parametrize("format", [NF4, FP4_BNB], ids=lambda f: f.name)
-def test_blocks_reach_their_largest_magnitude(format: TableFormat) -> None:
-    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weight[3, 64:] = 0
-    codes, absmax, stored = quantize_blocks(weight, format, block_size=64, nested=NestedScale())
-    blocks = weight.float().view(8, 2, 64)
-    assert absmax.equal(blocks.abs().amax(-1))
-    decoded = format.decode(codes, None).view(8, 2, 64)
-    largest = blocks.abs() == absmax[..., None]
-    assert decoded[largest & (blocks != 0)].equal(blocks.sign()[largest & (blocks != 0)])
-    assert not decoded[3, 1].any()
-    # The codes do not know what nesting does to the scales.
-    assert stored is not None
-    assert codes.equal(quantize_blocks(weight, format, block_size=64)[0])
-    assert stored.values()[3, 1] > 0

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bitwright.numerics.nested import NestedScale, StoredNestedScale, dynamic_map, quantize_blocks
+from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.nested import NestedScale, StoredNestedScale, dynamic_map
 from bitwright.numerics.nibbles import pack_high_first, unpack_high_first
+from bitwright.numerics.ranges import fit_grid, store_scale
+from bitwright.numerics.scales import FloatScale
 from bitwright.numerics.table import FP4_BNB, NF4, TableFormat
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
@@ -51,6 +54,20 @@ def neighbours(x: torch.Tensor, distance: int) -> torch.Tensor:
     for _ in range(abs(distance)):
         x = torch.nextafter(x, end)
     return x
+
+
+def quantize_blocks(
+    weight: torch.Tensor, format: TableFormat, *, block_size: int, nested: NestedScale | None = None
+) -> tuple[torch.Tensor, torch.Tensor, StoredNestedScale | None]:
+    """What round to nearest with range method minmax makes of a weight: codes, float scales, stored scales."""
+    granularity = Granularity(kind="group", group_size=block_size)
+    grid = fit_grid(weight, format, granularity, method="minmax", scale=nested or FloatScale(torch.float32))
+    codes = grid.quantize(weight)
+    if nested is None:
+        return codes, grid.scale, None
+    stored = store_scale(grid, nested).stored
+    assert isinstance(stored, StoredNestedScale)
+    return codes, grid.scale, stored
 
 
 @pytest.mark.parametrize("quant_type", NAMES)

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import RecipeError, ShapeError, VerificationError
-from bitwright.numerics.table import TableFormat
 
 # bitsandbytes' floor on the largest magnitude of a block, which keeps its reciprocal finite.
 MIN_ABSMAX = 1e-38
@@ -223,35 +222,6 @@ class StoredNestedScale:
                 "matrix are quantized together. Cut the float scales first, then store them."
             )
         return self
-
-
-def quantize_blocks(
-    weight: Tensor, format: TableFormat, *, block_size: int, nested: NestedScale | None = None
-) -> tuple[Tensor, Tensor, StoredNestedScale | None]:
-    """Quantize a matrix as bitsandbytes' quantize_4bit does: to the largest magnitude per block, in its arithmetic.
-
-    Codes belong to the exact scale, with and without nesting, and the weight is multiplied by the reciprocal of the
-    scale rather than divided by it, which moves a code where the quotient lies within a rounding error of a border.
-
-    Args:
-        weight: [O, I], any float dtype; not modified.
-        format: NF4 or FP4_BNB; of magnitude 1.
-        block_size: weights per scale.
-        nested: how to store the scales; None for float32.
-    Returns:
-        codes uint8 [O, I]; scales float32 [O, G], the largest magnitudes, 0 for a block of zeros; and the scales as
-        stored, whose `values()` dequantize, or None.
-    Raises:
-        ShapeError: I is not a multiple of the block, so that a block would cross rows.
-    """
-    num_rows, in_features = weight.shape
-    if in_features % block_size:
-        raise ShapeError(f"quantize_blocks: in_features {in_features} is not divisible by block_size {block_size}.")
-    blocks = weight.float().view(num_rows, -1, block_size)
-    absmax = blocks.abs().amax(-1)
-    scaled = blocks * (1 / absmax.clamp(min=MIN_ABSMAX)).unsqueeze(-1)
-    codes = format.encode(scaled, None).view(num_rows, in_features)
-    return codes, absmax, None if nested is None else nested.store(nested.round(absmax))
 
 
 def _check(scale: Tensor) -> None:
