@@ -27,6 +27,10 @@ from bitwright.records import write_text_atomic
 
 LEARNED = "learned table"
 VERDICTS = {-1: "better", 0: "not told apart", 1: "worse"}
+WIDE_SCALES = (
+    "The model's dtype makes scales, tables and outliers twice as large as a 16-bit model's: formats with many of them "
+    "look larger here than they are there, against those whose scales have a width of their own (`-dq`, `mx`, `nvfp4`)."
+)
 MAX_FOUR_BIT = 5.0
 """Bits per weight of codes of 4 bits with their scales and tables, where the claim about 8 bits is judged."""
 
@@ -65,6 +69,7 @@ def circumstances(of: Mapping[str, Any]) -> str:
         f"Data: {of['data']}. Evaluated on {evaluation['windows']} windows of {evaluation['seqlen']} tokens ({tokens} "
         f"predictions), evenly spread over the text; `weighted` and `gptq` calibrated on {calibration['windows']} "
         f"windows of {calibration['seqlen']}.",
+        *([WIDE_SCALES] if of["stored_dtype"] == "float32" else []),
         "KL: mean KL divergence from the original model in nats per token ± standard error over windows. Ratios are of "
         "means over the same windows, with the standard error of the paired windows. They say how sure a difference "
         "is for this model on such text, not for other models.",
@@ -186,9 +191,9 @@ def comparison_table(found: Sequence[Comparison]) -> str:
             f"{rival_kl}{' (interpolated)' if interpolated else ''} | {each.ratio} | {VERDICTS[each.ratio.verdict]} |"
         )
     note = (
-        f"Rivals within {SAME_SIZE_BITS:g} bits count as equally large, and the best of them is taken. Elsewhere the "
-        "logarithm of KL is interpolated linearly in bits between the two neighbours on the integers' Pareto set. Rows "
-        "outside the integers' sizes are left out."
+        "Rivals are on the integers' Pareto set: a smaller row that is as good replaces a larger one. Within "
+        f"{SAME_SIZE_BITS:g} bits sizes count as equal. Elsewhere the logarithm of KL is interpolated linearly in bits "
+        "between the two neighbours on the set. Rows outside the integers' sizes are left out."
     )
     return "\n".join([*lines, "", note])
 

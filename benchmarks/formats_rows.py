@@ -156,14 +156,15 @@ def pareto_set(rows: Sequence[Row]) -> list[Row]:
 
 
 def rival_at(bits: float, curve: Sequence[Row]) -> Rival | None:
-    """The best row of about this size; else its neighbours on the Pareto set, weighted by distance in bits.
+    """The best row of about this size on the Pareto set; else its two neighbours there, weighted by distance in bits.
 
     The weights interpolate the logarithm of KL linearly in bits. None where the set does not reach.
     """
-    close = [row for row in curve if abs(row.bits - bits) <= SAME_SIZE_BITS]
+    frontier = pareto_set(curve)
+    close = [row for row in frontier if abs(row.bits - bits) <= SAME_SIZE_BITS]
     if close:
-        return ((1.0, min(close, key=lambda row: row.kl_mean)),)
-    for smaller, larger in pairwise(pareto_set(curve)):
+        return ((1.0, close[-1]),)
+    for smaller, larger in pairwise(frontier):
         if smaller.bits <= bits <= larger.bits:
             share = (bits - smaller.bits) / (larger.bits - smaller.bits)
             return ((1 - share, smaller), (share, larger))

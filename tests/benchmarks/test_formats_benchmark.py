@@ -54,6 +54,14 @@ def test_a_rival_within_the_same_size_is_the_best_one_there() -> None:
     assert rows_module.rival_at(4.125, [worse, better, far]) == ((1.0, better),)
 
 
+def test_a_rival_is_never_worse_than_a_smaller_one() -> None:
+    small, worse, large = row(4.0, 0.1), row(4.12, 0.4), row(4.4, 0.025)
+    assert rows_module.rival_at(4.1, [small, worse, large]) == (
+        (pytest.approx(0.75), small),
+        (pytest.approx(0.25), large),
+    )
+
+
 def test_between_sizes_the_logarithm_of_kl_is_interpolated() -> None:
     small, inefficient, large = row(4.0, 0.08), row(4.3, 0.5), row(5.0, 0.02)
     rival = rows_module.rival_at(4.25, [large, inefficient, small])

@@ -240,14 +240,7 @@ def export(
     if as_json:
         _print_json({"out": str(out), **comparison})
     elif not quiet:
-        checked = (
-            f"{comparison['engine']} loads it: {comparison['weights_compared']} tensors equal, "
-            f"largest logit difference {comparison['max_logit_difference']:.2g} "
-            f"(allowed {comparison['logit_bound']:.2g})"
-            if comparison
-            else "not verified"
-        )
-        _print(f"{out}: {checked}")
+        _print(f"{out}: {_checked(comparison)}")
 
 
 @app.command()
@@ -310,6 +303,18 @@ def main() -> None:
         if status == INTERRUPTED_STATUS:  # newer typer turns Ctrl-C into this return value
             _fail(INTERRUPTED, INTERRUPTED_STATUS)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _checked(comparison: dict[str, Any]) -> str:
+    """What an export's verification found, in one line."""
+    if not comparison:
+        return "not verified"
+    measure, key = ("RMS", "rms_logit") if "rms_logit_bound" in comparison else ("largest", "max_logit")
+    bound = comparison["rms_logit_bound" if measure == "RMS" else "logit_bound"]
+    return (
+        f"{comparison['engine']} loads it: {comparison['weights_compared']} tensors equal, "
+        f"{measure} logit difference {comparison[f'{key}_difference']:.2g} (allowed {bound:.2g})"
+    )
 
 
 def _describe_os_error(error: OSError) -> str:
