@@ -3,8 +3,8 @@
     python benchmarks/outliers.py [--model DIR] [--factors 16,64,256] [--channels 4] [--out benchmarks/results]
 
 The test bed computes the model's function with some hidden channels made `factor` times louder in front of every group
-of sites behind a norm, and the sites' columns as much smaller (`bitwright testbed`). Calibration: the training text of
-the standard library's documentation; evaluation: its held-out part, KL divergence from the model itself.
+of sites behind a norm, and the sites' columns as much smaller (`bitwright testbed`). Calibration: the training part of
+the standard library's sources; evaluation: its held-out part, KL divergence from the model itself.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def page(rows: list[dict[str, Any]], model: str, channels: int, environment: Env
         f"# Activation outliers: {model}",
         "",
         f"{channels} hidden channels planted; round to nearest; KL divergence in nats per token ± standard error, over "
-        f"{rows[0]['num_tokens']} tokens of held-out text (the standard library's documentation), in windows of "
+        f"{rows[0]['num_tokens']} tokens of held-out text (the standard library's sources), in windows of "
         f"{SEQLEN}; calibrated on {CALIBRATION_WINDOWS} windows of its training part.",
         f"{environment.cpu}, {environment.num_cores} cores, {date.today().isoformat()}, torch "
         f"{environment.versions['torch']}; made by `python benchmarks/outliers.py`.",
