@@ -78,6 +78,7 @@ def measure(name: str, model: Path) -> dict[str, Any]:
 def run_job(name: str, model: Path) -> dict[str, Any]:
     what, job = JOBS[name]
     import_everything(model)
+    (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bitwright-", dir=ROOT / "build") as work:
         baseline = resident("VmRSS")
         # Sets the high-water mark to what is resident now.
