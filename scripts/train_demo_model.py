@@ -2,6 +2,13 @@
 
     python scripts/train_demo_model.py --work build/demo-model --out src/bitwright/assets/demo-model
 
+Or a model of another size on other text, for benchmarks:
+
+    python scripts/train_demo_model.py --work build/prose --out build/prose/model --text stories.txt --text wiki.txt \\
+        --hidden 384 --ffn 768 --layers 4 --heads 6 --kv-heads 2 --steps 600 --no-muon
+
+Such texts are cut into paragraphs at empty lines, of which a hash holds some out: `heldout.txt` in the work folder.
+
 Everything is made here, from nothing: a byte-level BPE tokenizer, then the model, by Muon on the matrices and AdamW on
 the rest, with a warm-up, a constant phase and a linear decay (the trapezoid lets a run be shortened or prolonged:
 change `--steps` and start again, it resumes from the last checkpoint). A GPU is used where there is one. The model
@@ -9,6 +16,7 @@ card (README.md beside the weights) is written from what was measured.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -31,6 +39,8 @@ WARM_UP_STEPS = 100
 DECAY_FRACTION = 0.35
 MATRIX_LR, OTHER_LR = 0.02, 0.003
 CHECKPOINT_EVERY = 200
+HELD_OUT_PERCENT = 6
+PARAGRAPH_CHARACTERS = 400
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -54,14 +64,29 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tens
     return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in tokenizer(texts, verbose=False)["input_ids"]])
 
 
-def make_model() -> LlamaForCausalLM:
+def split_text(files: list[Path]) -> tuple[list[str], list[str]]:
+    """Pieces of some paragraphs each: those to train on, and those whose hash holds them out."""
+    train: list[str] = []
+    heldout: list[str] = []
+    for file in files:
+        piece = ""
+        for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
+            piece += paragraph + "\n\n"
+            if len(piece) >= PARAGRAPH_CHARACTERS:
+                bucket = hashlib.sha256(piece.encode()).digest()[0] * 100 // 256
+                (heldout if bucket < HELD_OUT_PERCENT else train).append(piece)
+                piece = ""
+    return train, heldout
+
+
+def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=args.hidden,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
         max_position_embeddings=CONTEXT,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
@@ -71,7 +96,9 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: LlamaForCausalLM, *, muon: bool) -> list[torch.optim.Optimizer]:
+    if not muon:
+        return [torch.optim.AdamW(model.parameters(), lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0.0)]
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -112,21 +139,22 @@ def unigram_nll(train: torch.Tensor, heldout: torch.Tensor) -> float:
     return -(counts / counts.sum()).log()[heldout.long()].mean().item()
 
 
+STDLIB = "the source files of CPython {}'s standard library"
 CARD = """---
 license: apache-2.0
 library_name: transformers
 ---
-# bitwright demo model
+# bitwright {title}
 
 A {parameters:,}-parameter Llama ({layers} blocks, hidden {hidden}, FFN {ffn}, {heads} heads over {kv_heads} key/value
 heads, tied embeddings, byte-level BPE vocabulary of {vocabulary}), made to show what quantization does to a trained
-model. It completes Python source code badly and is good for nothing else.
+model. It continues such text badly and is good for nothing else.
 
 - **Made by** `scripts/train_demo_model.py` of this repository; tokenizer and weights both, from nothing.
-- **Trained on** the source files of CPython {python}'s standard library ({train_tokens:,} tokens; a split of its files
-  by hash is held out), {epochs:.1f} epochs, {steps} steps of {batch} × {context} tokens.
+- **Trained on** {text} ({train_tokens:,} tokens; a split by hash is
+  held out), {epochs:.1f} epochs, {steps} steps of {batch} × {context} tokens.
 - **For** {hours:.2f} hours on {machine}, ended {date}.
-- **Perplexity per token** on the held-out files ({heldout_tokens:,} tokens, windows of {context}, bf16 weights):
+- **Perplexity per token** on what is held out ({heldout_tokens:,} tokens, windows of {context}, bf16 weights):
   **{perplexity:.2f}**; a unigram model of the training text has {unigram:.0f}, a uniform one {vocabulary}.
 """
 
@@ -136,23 +164,37 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and tokens; delete to start over")
     parser.add_argument("--out", type=Path, required=True, help="where the finished model goes")
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument(
+        "--muon", action=argparse.BooleanOptionalAction, default=True, help="or AdamW for all: cheaper steps"
+    )
+    parser.add_argument("--text", type=Path, action="append", help="train on these files instead; may be repeated")
+    for option, default in (("hidden", 256), ("ffn", 768), ("layers", 4), ("heads", 4), ("kv-heads", 2)):
+        parser.add_argument(f"--{option}", type=int, default=default)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    train_texts = [text for _, text in stdlib_documents("train", with_tests=True)]
-    heldout_texts = [text for _, text in stdlib_documents("heldout")]
+    if args.text:
+        train_texts, heldout_texts = split_text(args.text)
+        tokenizer_texts = train_texts
+        (args.work / "heldout.txt").write_text("\n\n".join(heldout_texts))
+        (args.work / "train.txt").write_text("\n\n".join(train_texts))
+    else:
+        train_texts = [text for _, text in stdlib_documents("train", with_tests=True)]
+        heldout_texts = [text for _, text in stdlib_documents("heldout")]
+        tokenizer_texts = [text for _, text in stdlib_documents("train")]
     if (args.work / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work)
     else:
-        tokenizer = train_tokenizer([text for _, text in stdlib_documents("train")])
+        tokenizer = train_tokenizer(tokenizer_texts)
         tokenizer.save_pretrained(args.work)
     train, heldout = tokenise(tokenizer, train_texts), tokenise(tokenizer, heldout_texts)
     print(f"{len(train):,} training tokens, {len(heldout):,} held out, on {device}", flush=True)
 
     torch.manual_seed(0)
-    model = make_model().to(device)
-    optimizers = make_optimizers(model)
+    model = make_model(args).to(device)
+    optimizers = make_optimizers(model, muon=args.muon)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     first, seconds_before = 0, 0.0
     checkpoint = args.work / "checkpoint.pt"
     if checkpoint.exists():
@@ -165,7 +207,7 @@ def main() -> None:
     compiled = torch.compile(model)
     start = time.perf_counter()
     for step in range(first, args.steps):
-        for optimizer, peak in zip(optimizers, (MATRIX_LR, OTHER_LR), strict=True):
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate(step, args.steps)
         tokens = batch_at(train, step).to(device)
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -205,7 +247,9 @@ def main() -> None:
     card = CARD.format(
         parameters=model.num_parameters(), layers=config.num_hidden_layers, hidden=config.hidden_size,
         ffn=config.intermediate_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-        vocabulary=VOCABULARY, python=platform.python_version(), train_tokens=len(train), heldout_tokens=len(heldout),
+        vocabulary=VOCABULARY, title="benchmark model" if args.text else "demo model",
+        text=", ".join(file.name for file in args.text) if args.text else STDLIB.format(platform.python_version()),
+        train_tokens=len(train), heldout_tokens=len(heldout),
         epochs=args.steps * BATCH * CONTEXT / len(train), steps=args.steps, batch=BATCH, context=CONTEXT, hours=hours,
         machine=f"{os.cpu_count()} CPU cores" if device == "cpu" else torch.cuda.get_device_name(),
         date=date.today().isoformat(), perplexity=perplexity, unigram=math.exp(unigram_nll(train, heldout)),
