@@ -33,6 +33,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What a recipe means for one model, by its shapes alone; `layouts` says how each quantized site is stored."""
+
+    sites: tuple[Site, ...]
+    plan: Plan
+    layouts: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """A quantization that has passed every check that can be made before it starts.
 
@@ -142,26 +151,13 @@ def prepare(
     Raises:
         BitwrightError: whatever is wrong with model, recipe, text, machine or run directory.
     """
-    for method in recipe.methods:
-        _ = SOLVERS[method]
+    require_methods(recipe)
     run.check_place()
     model = open_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if model.skeleton.checkpoint.is_packed:
         raise CheckpointError(f"{source}: the model is already quantized. Give the original.")
-    sites = model_sites(model)
-    plan = resolve(recipe, sites)
-    if not plan.quantized:
-        raise RecipeError("the recipe leaves every site in 16 bit. Remove an ignore pattern or rule.")
-    layouts = choose_layouts(
-        sites,
-        plan.sites,
-        recipe.layout,
-        dtype=model.skeleton.checkpoint.dense_dtype,
-        stored={site.name: model.skeleton.stored_dtype(site.parameter) for site in sites},
-    )
-    _check_places(model, [site for site in sites if plan.sites[site.name].scheme is not None], layouts)
-    _check_methods(recipe, plan)
-    _check_calibration(recipe, plan)
+    decided = decide(model, recipe)
+    sites, plan, layouts = decided.sites, decided.plan, decided.layouts
     check_seqlen(model, recipe.calibration.seqlen)
     model_hash = model.skeleton.checkpoint.audit(_byte_progress(model.skeleton.checkpoint, progress))
     num_gate = max(2, GATE_TOKENS // recipe.calibration.seqlen)
@@ -178,6 +174,35 @@ def prepare(
         model=model, recipe=recipe, sites=sites, plan=plan, layouts=layouts, calibration=calibration, gate=gate,
         needed=needed, model_hash=model_hash, data_hash=data_hash, fingerprint=fingerprint,
     )  # fmt: skip
+
+
+def require_methods(recipe: Recipe) -> None:
+    """Raises UnknownName for a method that nobody registered."""
+    for method in recipe.methods:
+        _ = SOLVERS[method]
+
+
+def decide(model: StreamedModel, recipe: Recipe) -> Decision:
+    """Resolve a recipe for a model and check whatever its shapes tell, without reading a weight.
+
+    Raises:
+        RecipeError, ShapeError, CheckpointError: why this recipe cannot be carried out on this model.
+    """
+    sites = model_sites(model)
+    plan = resolve(recipe, sites)
+    if not plan.quantized:
+        raise RecipeError("the recipe leaves every site in 16 bit. Remove an ignore pattern or rule.")
+    layouts = choose_layouts(
+        sites,
+        plan.sites,
+        recipe.layout,
+        dtype=model.skeleton.checkpoint.dense_dtype,
+        stored={site.name: model.skeleton.stored_dtype(site.parameter) for site in sites},
+    )
+    _check_places(model, [site for site in sites if plan.sites[site.name].scheme is not None], layouts)
+    _check_methods(recipe, plan)
+    _check_calibration(recipe, plan)
+    return Decision(sites=sites, plan=plan, layouts=layouts)
 
 
 def _check_places(model: StreamedModel, sites: list[Site], layouts: Mapping[str, str]) -> None:

@@ -149,18 +149,15 @@ def quantize(
     """Quantize a model into a run directory, measure what was lost, and fail if it is too much."""
     from bitwright.cli.tables import estimate_line, run_table
     from bitwright.pipeline import quantize as run
-    from bitwright.recipe import Recipe, load_recipe
+    from bitwright.recipe_builder import build_recipe
 
+    given = {"scheme": scheme, "method": method, "ragged": ragged, "layout": layout, "max_kl": max_kl}
     calibrate = {"text": calibration, "num_samples": samples, "seqlen": seqlen, "seed": seed}
-    given: dict[str, Any] = {"scheme": scheme, "method": method, "ragged": ragged, "layout": layout, "max_kl": max_kl}
-    mapping = (Recipe() if recipe is None else load_recipe(recipe)).to_mapping()
-    mapping.update({key: value for key, value in given.items() if value is not None})
-    mapping["calibration"].update({key: value for key, value in calibrate.items() if value is not None})
-    mapping["ignore"] = [*mapping["ignore"], *(ignore or [])]
+    wished = build_recipe(recipe, given, calibrate, ignore=ignore or ())
     with ProgressBars(quiet=quiet or as_json) as progress:
         result = run(
             model,
-            Recipe.from_mapping(mapping, where="options"),
+            wished,
             out,
             fresh=fresh,
             device=device,

@@ -13,6 +13,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SPEED_PERIOD_SECONDS = 3600.0
+"""A step of which parts take minutes has a time left too."""
+
 
 class ProgressBars:
     """One bar with time left per step. Call it with (what, done, total)."""
@@ -29,6 +32,7 @@ class ProgressBars:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            speed_estimate_period=SPEED_PERIOD_SECONDS,
         )
         self._tasks: dict[str, TaskID] = {}
         self._showing = False

@@ -71,6 +71,16 @@ class Scorer:
             self._kl.append(torch.cat(divergences).double().cpu())
             self._agree.append(float(torch.cat(agreements).mean()))
 
+    @property
+    def window_nll(self) -> list[float]:
+        """Mean negative log-likelihood per token of each window."""
+        return list(self._nll)
+
+    @property
+    def window_kl(self) -> list[float]:
+        """Mean KL divergence per token of each window; empty without a reference."""
+        return [float(window.mean()) for window in self._kl]
+
     def result(self) -> Score:
         """Return the score of all windows added so far."""
         nll, nll_stderr = _mean_and_stderr(self._nll)
@@ -84,7 +94,7 @@ class Scorer:
         if not self._kl:
             return base
         tokens = torch.cat(self._kl)
-        _, kl_stderr = _mean_and_stderr([float(window.mean()) for window in self._kl])
+        _, kl_stderr = _mean_and_stderr(self.window_kl)
         return Score(
             num_windows=base.num_windows,
             num_tokens=base.num_tokens,

@@ -1,0 +1,27 @@
+"""A recipe from a YAML file and the options that override it: the one way for every command that quantizes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitwright.recipe import Recipe, load_recipe
+
+
+def build_recipe(
+    file: Path | None, given: Mapping[str, Any], calibration: Mapping[str, Any], *, ignore: Sequence[str] = ()
+) -> Recipe:
+    """Return the file's recipe, or the default one, with everything replaced that is given; None is not given.
+
+    Args:
+        file: a YAML recipe; None for the defaults.
+        given: options by their names in a recipe.
+        calibration: likewise, of its `calibration`.
+        ignore: patterns to add to those of the file.
+    Raises:
+        RecipeError, UnknownName: the file or an option holds something that a recipe does not know.
+    """
+    mapping = (Recipe() if file is None else load_recipe(file)).to_mapping()
+    mapping.update({key: value for key, value in given.items() if value is not None})
+    mapping["calibration"].update({key: value for key, value in calibration.items() if value is not None})
+    mapping["ignore"] = [*mapping["ignore"], *ignore]
+    return Recipe.from_mapping(mapping, where="options")
