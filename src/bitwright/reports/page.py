@@ -58,7 +58,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     for site in facts.sites:
         order.setdefault(site.block, len(order))
     data = {"charts": _charts(facts, order), "sites": site_columns(facts.sites)}
-    return _write("report.html.j2", target, facts=facts, results=facts.results, story=story, wording=wording, data=data)
+    return write_page(
+        "report.html.j2", target, facts=facts, results=facts.results, story=story, wording=wording, data=data
+    )
 
 
 def write_comparison(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str, notes: Sequence[str]) -> Path:
@@ -78,7 +80,7 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str
     """
     shown = [{**row, "report": _link(row.get("report"))} for row in rows]
     data = {"charts": {"pareto": charts.pareto_chart(rows)}}
-    return _write("comparison.html.j2", out, title=title, notes=notes, rows=shown, wording=wording, data=data)
+    return write_page("comparison.html.j2", out, title=title, notes=notes, rows=shown, wording=wording, data=data)
 
 
 def site_columns(sites: Sequence[SiteFact]) -> dict[str, Any]:
@@ -114,7 +116,12 @@ def _link(report: str | None) -> str | None:
     return None if report is None else quote(report, safe="/")
 
 
-def _write(template: str, out: Path, **values: Any) -> Path:
+def write_page(template: str, out: Path, **values: Any) -> Path:
+    """Write a page from one of the templates beside this file; `data` is what its script reads.
+
+    Raises:
+        ResourceError: the file cannot be written; an earlier page is untouched.
+    """
     environment = Environment(
         loader=PackageLoader("bitwright", "reports"),
         autoescape=True,
