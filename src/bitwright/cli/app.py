@@ -175,6 +175,59 @@ def quantize(
 
 
 @app.command()
+def bench(
+    model: Model,
+    schemes: Annotated[list[str], typer.Option(help="Schemes, separated by commas; may be repeated.")],
+    methods: Annotated[list[str], typer.Option(help="Methods, or recipe files whose scheme is replaced; likewise.")],
+    text: Annotated[str, typer.Option(help="What is evaluated on: text file, JSONL, hub:… or stdlib:heldout.")],
+    out: Annotated[Path, typer.Option(help="Folder of the grid; the same command resumes.")],
+    calibration: Annotated[
+        str | None, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]], stdlib, or self.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window, of calibration and evaluation.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the choice of calibration windows.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")] = None,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Do not remove the weights of each cell.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier grid left in --out.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Quantize and evaluate in every combination of scheme and method; write a table and an interactive page."""
+    from bitwright.bench import run_bench
+    from bitwright.cli.grid import grid_notes, grid_table
+
+    with ProgressBars(quiet=quiet or as_json) as progress:
+        result = run_bench(
+            model,
+            out,
+            schemes=_listed(schemes),
+            methods=_listed(methods),
+            text=text,
+            calibration=calibration,
+            num_samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            max_windows=windows,
+            keep_models=keep_models,
+            fresh=fresh,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.records)
+    elif not quiet:
+        _print(grid_table(result), *grid_notes(result), f"page: {result.page}", width=CATALOGUE_WIDTH)
+    if result.problem is not None:
+        _fail(result.problem, 1)
+
+
+@app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="Model directory, hub id or run directory.")],
     text: Annotated[str, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]] or stdlib:heldout.")],
@@ -300,6 +353,11 @@ def main() -> None:
         if status == INTERRUPTED_STATUS:  # newer typer turns Ctrl-C into this return value
             _fail(INTERRUPTED, INTERRUPTED_STATUS)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _listed(given: list[str]) -> list[str]:
+    """The parts of options that hold several, separated by commas."""
+    return [part.strip() for each in given for part in each.split(",") if part.strip()]
 
 
 def _checked(comparison: dict[str, Any]) -> str:

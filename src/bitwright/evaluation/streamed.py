@@ -69,6 +69,17 @@ def compare_heads(
     expected: Activations | None,
 ) -> Score:
     """Turn the last hidden states into a score."""
+    return score_heads(model, hidden, windows, reference, expected).result()
+
+
+def score_heads(
+    model: StreamedModel,
+    hidden: Activations,
+    windows: Tensor,
+    reference: StreamedModel | None,
+    expected: Activations | None,
+) -> Scorer:
+    """Turn the last hidden states into a scorer, which also knows the figures of each window."""
     scorer = Scorer()
     with model.outside():
         if reference is None or reference is model:
@@ -76,7 +87,7 @@ def compare_heads(
         else:
             with reference.outside():
                 _score_windows(scorer, model, hidden, windows, reference, expected)
-    return scorer.result()
+    return scorer
 
 
 def _score_windows(
