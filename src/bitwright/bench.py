@@ -131,9 +131,9 @@ def run_bench(
         "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code,
         "versions": {package: metadata.version(package) for package in PACKAGES},
     }  # fmt: skip
-    windows = evaluation_windows(opened, shared)
-    hashes = _check_texts(opened, [c.recipe for c in cells if c.recipe and c.slug not in refusals], windows, shared)
-    shared |= {"model_hash": opened.skeleton.checkpoint.audit(), "text_hash": hash_tokens(windows)}
+    every = evaluation_windows(opened, {**shared, "windows": None})
+    hashes = _check_texts(opened, [c.recipe for c in cells if c.recipe and c.slug not in refusals], every, shared)
+    shared |= {"model_hash": opened.skeleton.checkpoint.audit(), "text_hash": hash_tokens(every[:max_windows])}
     asked = {cell.slug: {**shared, **_asked(cell.recipe, hashes)} for cell in cells}
     if not fresh:
         folder.check({slug: each for slug, each in asked.items() if slug not in refusals} or asked)

@@ -164,11 +164,11 @@ class BenchFolder:
                 )
 
     def clear(self) -> None:
-        """Remove all that an earlier grid left."""
-        for folder in (self.records, self.runs, self.work):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.lines, self.table, self.page):
+        """Remove all that an earlier grid left; the records go first, so that a kill leaves none without its run."""
+        for file in (*self.records.glob("*.json"), self.lines, self.table, self.page):
             file.unlink(missing_ok=True)
+        for folder in (self.runs, self.work):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def locked(self) -> Generator[None]:
