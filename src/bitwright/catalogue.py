@@ -44,7 +44,7 @@ class CatalogueRow:
 def catalogue() -> list[CatalogueRow]:
     """Return a row per family, integers first."""
     rows = [
-        _row(f"W{bits}A16", INTEGER_REFERENCE, "integers; -asym adds zero points")
+        _row(f"W{bits}A16", INTEGER_REFERENCE, "integers; -asym adds zero points, -floatzero float ones")
         for bits in range(MAX_BITS, MIN_BITS - 1, -1)
     ]
     rows += [_row(f"W{w}A{a}", INTEGER_REFERENCE, "integers, inputs too") for w, a in ((8, 8), (4, 8), (4, 4))]

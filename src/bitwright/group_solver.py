@@ -1,18 +1,20 @@
 """Quantize the sites of one group: fit the grid, solve, put the result into the block, say what became of each site."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitwright.calibration.collect import SiteStats
 from bitwright.errors import SingularHessian, VerificationError
-from bitwright.methods.solvers import SOLVERS
+from bitwright.methods.repairs import REPAIRS
+from bitwright.methods.solvers import SOLVERS, BlockTask, Problem
+from bitwright.methods.stage import BlockStage
 from bitwright.model.layouts.own import input_scale
 from bitwright.model.sites import Site, weight_view
 from bitwright.model.skeleton import Skeleton
@@ -21,7 +23,7 @@ from bitwright.numerics.entropy import ideal_bits_per_weight
 from bitwright.numerics.fitting import fit
 from bitwright.numerics.formats import Format
 from bitwright.numerics.grid import AnyGrid, Grid
-from bitwright.numerics.inputs import InputQuantizer, QuantizedSite, static_grid
+from bitwright.numerics.inputs import FloatColumns, InputQuantizer, QuantizedSite, static_grid
 from bitwright.numerics.metrics import sqnr_db
 from bitwright.numerics.outliers import SparseOutliers, split_outliers
 from bitwright.numerics.qtensor import QTensor
@@ -29,7 +31,7 @@ from bitwright.numerics.ranges import store_scale
 from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.recipe import Plan, Recipe, SitePlan
-from bitwright.schemes import MODEL_SCALE, ActivationScheme
+from bitwright.schemes import MODEL_SCALE, ActivationScheme, WeightScheme
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,26 @@ class SiteResult:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Start:
+    """What a solver starts from: sites planned alike, their stacked weight [O, I] and grid, and what stays apart."""
+
+    stack: list[Site]
+    entry: SitePlan
+    method: str
+    reason: str
+    weight: Tensor
+    grid: AnyGrid
+    stats: SiteStats
+    outliers: SparseOutliers | None
+    columns: FloatColumns | None
+
+    @property
+    def weights(self) -> WeightScheme:
+        assert self.entry.scheme is not None
+        return self.entry.scheme.weights
+
+
 class GroupSolver:
     """Quantizes groups of sites by a plan. Shapes: O out features, I in features.
 
@@ -68,22 +90,91 @@ class GroupSolver:
         self.skeleton, self.recipe, self.plan, self.fisher = skeleton, recipe, plan, fisher
 
     def solve(
-        self, block: nn.Module, prefix: str, members: list[Site], stats: SiteStats
+        self, stage: BlockStage, members: list[Site], stats: SiteStats
     ) -> Iterator[tuple[Site, QuantizedSite, SiteResult]]:
         """Solve the sites of a group, those planned alike as one stacked weight: rows do not depend on each other."""
         for stack in self._planned_alike(members):
-            views = [weight_view(block, site, prefix) for site in stack]
-            weight = torch.cat([view.float() for view in views])
-            result, method, reason = self._solve_stack(stack, weight, stats)
-            inputs = self._inputs(stack[0], stats, weight.device)
+            start = self._start(stage, stack, stats)
+            result = self._solve_stack(start)
             first = 0
-            for site, view in zip(stack, views, strict=True):
-                part = result.rows(first, first + site.out_features)
-                dense = part.dequantize(self._stored_dtype(site)).float()
-                detail = _describe(site, self.plan.sites[site.name], method, reason, part, view.float(), dense, stats)
-                view.copy_(dense)
-                first += site.out_features
-                yield site, QuantizedSite(weight=part, inputs=inputs), detail
+            for site in stack:
+                rows = slice(first, first + site.out_features)
+                yield self._finish(stage, start, site, rows, result.rows(rows.start, rows.stop))
+                first = rows.stop
+
+    def solve_block(
+        self, stage: BlockStage, members: list[Site], stats: Mapping[str, SiteStats]
+    ) -> Iterator[tuple[Site, QuantizedSite, SiteResult]]:
+        """Solve sites of a block whose methods work on the block as a whole, those with one method together."""
+        by_method: dict[str, list[_Start]] = {}
+        for site in members:
+            start = self._start(stage, [site], stats[site.name])
+            by_method.setdefault(start.method, []).append(start)
+        for method, starts in by_method.items():
+            together = SOLVERS[method].solve_block
+            tasks = [BlockTask(site=start.stack[0], grid=start.grid, stats=start.stats) for start in starts]
+            found = together(stage, tasks) if together else {s.stack[0].name: self._solve_stack(s) for s in starts}
+            for start in starts:
+                site = start.stack[0]
+                yield self._finish(stage, start, site, slice(0, site.out_features), found[site.name])
+
+    def fake_quantize(self, site: Site, weight: Tensor, mean_square: Tensor | None) -> Tensor:
+        """Round a weight [O, I] to nearest as the plan of its site says; see `stage.FakeQuantize`."""
+        entry = self.plan.sites[site.name]
+        assert entry.scheme is not None
+        dtype = self._stored_dtype(site)
+        grid = self._fit(entry, entry.scheme.weights.format, weight, mean_square, dtype)
+        return grid.dequantize(grid.quantize(weight))
+
+    def _start(self, stage: BlockStage, stack: list[Site], stats: SiteStats) -> "_Start":
+        """Gather what the solver works on: the weight as it will be coded, its grid, and what stays apart."""
+        entry = self.plan.sites[stack[0].name]
+        assert entry.method is not None
+        assert entry.scheme is not None
+        method, reason = entry.method, entry.reason
+        if SOLVERS[method].needs and stats.num_tokens == 0:
+            if stack[0].kind != "expert":
+                raise VerificationError(f"{stack[0].name}: no calibration token reached it, so {method} cannot work.")
+            method, reason = "rtn", f"no calibration token reached this expert: rounded to nearest. {reason}".strip()
+        weight = torch.cat([stage.weight(site) for site in stack])
+        if stats.transform is not None:
+            weight = stats.transform.to_weight(weight)
+        dtype = self._stored_dtype(stack[0])
+        columns: FloatColumns | None = None
+        index = stage.float_columns.get(stack[0].name)
+        if index is not None and index.numel():
+            columns = FloatColumns(index=index.to(torch.int32), weight=weight[:, index].to(dtype))
+            weight[:, index] = 0.0
+            stats = stats.without(index)
+        outliers: SparseOutliers | None = None
+        if entry.scheme.weights.outliers:
+            fraction = entry.scheme.weights.outliers
+            weight, outliers = split_outliers(weight, fraction, importance=stats.mean_square, dtype=dtype)
+        importance = self._weight_importance(stack, weight, outliers)
+        grid = self._fit(entry, entry.scheme.weights.format, weight, stats.mean_square, dtype, importance)
+        return _Start(
+            stack=stack, entry=entry, method=method, reason=reason, weight=weight, grid=grid, stats=stats,
+            outliers=outliers, columns=columns,
+        )  # fmt: skip
+
+    def _finish(
+        self, stage: BlockStage, start: "_Start", site: Site, rows: slice, result: QTensor
+    ) -> tuple[Site, QuantizedSite, SiteResult]:
+        """Make the site of its codes, repair it, put it into the block and describe it."""
+        weight = start.weight[rows]
+        quantized = QuantizedSite(
+            weight=result,
+            inputs=self._inputs(site, start.stats, weight.device),
+            transform=start.stats.transform,
+            columns=None if start.columns is None else start.columns.rows(rows.start, rows.stop),
+        )
+        for name in self.recipe.repairs:
+            quantized = REPAIRS[name].apply(weight, quantized, start.stats)
+        dtype = self._stored_dtype(site)
+        coded = quantized.weight.dequantize(dtype).float()
+        detail = _describe(site, start, quantized, weight, coded)
+        weight_view(stage.block, site, stage.name).copy_(quantized.dense(dtype))
+        return site, quantized, detail
 
     def _planned_alike(self, members: list[Site]) -> list[list[Site]]:
         """Sites with the same scheme and method; what one weight shares as a whole is not shared between sites.
@@ -101,55 +192,42 @@ class GroupSolver:
             alike.setdefault((scheme, entry.group_size, entry.method, site.name if alone else ""), []).append(site)
         return list(alike.values())
 
-    def _solve_stack(self, stack: list[Site], weight: Tensor, stats: SiteStats) -> tuple[QTensor, str, str]:
-        """Return the result [O, I], and the method and reason that were really at work."""
-        entry = self.plan.sites[stack[0].name]
-        assert entry.method is not None
-        assert entry.scheme is not None
-        method, reason = entry.method, entry.reason
-        if SOLVERS[method].needs_hessian and stats.num_tokens == 0:
-            if stack[0].kind != "expert":
-                raise VerificationError(f"{stack[0].name}: no calibration token reached it, so {method} cannot work.")
-            method, reason = "rtn", f"no calibration token reached this expert: rounded to nearest. {reason}".strip()
-        dtype = self._stored_dtype(stack[0])
-        outliers: SparseOutliers | None = None
-        if entry.scheme.weights.outliers:
-            fraction = entry.scheme.weights.outliers
-            weight, outliers = split_outliers(weight, fraction, importance=stats.mean_square, dtype=dtype)
-
-        importance = self._weight_importance(stack, weight, outliers)
-        columns = slice(0, weight.shape[1])
-        grid = self._fit(entry, entry.scheme.weights.format, weight, stats, columns, dtype, importance)
+    def _solve_stack(self, start: "_Start") -> QTensor:
+        """Return the result [O, I] of a solver that works on single weights."""
+        weights, stats = start.weights, start.stats
+        site, dtype = start.stack[0], self._stored_dtype(start.stack[0])
 
         def refit(current: Tensor, first: int, end: int) -> AnyGrid:
             # The grid's own format: a table learned for the whole weight stays, only scales are fitted again.
-            return self._fit(entry, grid.format, current, stats, slice(first, end), dtype)
+            moments = None if stats.mean_square is None else stats.mean_square[first:end]
+            return self._fit(start.entry, start.grid.format, current, moments, dtype)
 
+        solve = SOLVERS[start.method].solve
+        assert solve is not None
         try:
-            result = SOLVERS[method].solve(weight, grid, stats, self.recipe.gptq, refit)
+            problem = Problem(stats=stats, recipe=self.recipe, refit=refit)
+            result = solve(start.weight, start.grid, problem)
         except SingularHessian as error:
-            raise SingularHessian(f"{stack[0].name}: {error} It saw {stats.num_tokens} tokens.") from None
-        scale = _scale_format(entry.scheme.weights.scale, dtype)
+            raise SingularHessian(f"{site.name}: {error} It saw {stats.num_tokens} tokens.") from None
+        scale = _scale_format(weights.scale, dtype)
         if isinstance(result.grid, Grid) and scale.stored_afterwards:
             result = QTensor(codes=result.codes, grid=store_scale(result.grid, scale))
-        return QTensor(codes=result.codes, grid=result.grid, outliers=outliers), method, reason
+        return QTensor(codes=result.codes, grid=result.grid, outliers=start.outliers)
 
     def _fit(
         self,
         entry: SitePlan,
         format: Format,
         weight: Tensor,
-        stats: SiteStats,
-        columns: slice,
+        mean_square: Tensor | None,
         dtype: torch.dtype,
         weight_importance: Tensor | None = None,
     ) -> AnyGrid:
-        """Fit a grid to some columns, whose current weights are `weight`; `weight_importance` [O, I] adds to theirs."""
+        """Fit a grid to columns with E[x²] `mean_square`; `weight_importance` [O, I] adds to their importance."""
         assert entry.scheme is not None
         assert entry.granularity is not None
-        importance = stats.mean_square
-        range_method = self.recipe.range_method_for(has_statistics=importance is not None)
-        importance = importance[columns] if importance is not None and range_method == "importance" else None
+        range_method = self.recipe.range_method_for(has_statistics=mean_square is not None)
+        importance = mean_square if range_method == "importance" else None
         if weight_importance is not None:
             by_fisher = importance is None or self.recipe.importance == "fisher"
             importance = weight_importance if by_fisher else weight_importance * cast(Tensor, importance)
@@ -211,34 +289,26 @@ def _scale_format(name: str, dtype: torch.dtype) -> ScaleFormat:
     return FloatScale(dtype) if name == MODEL_SCALE else SCALE_FORMATS[name]
 
 
-def _describe(
-    site: Site,
-    entry: SitePlan,
-    method: str,
-    reason: str,
-    result: QTensor,
-    weight: Tensor,
-    dense: Tensor,
-    stat: SiteStats,
-) -> SiteResult:
+def _describe(site: Site, start: "_Start", quantized: QuantizedSite, weight: Tensor, coded: Tensor) -> SiteResult:
+    result, stats = quantized.weight, start.stats
     output_sqnr = None
-    if stat.gram is not None and stat.num_tokens:
-        gram = stat.gram.to(weight.dtype)
-        error = weight - dense
+    if stats.gram is not None and stats.num_tokens:
+        gram = stats.gram.to(weight.dtype)
+        error = weight - coded
         signal, noise = ((weight @ gram) * weight).sum(), ((error @ gram) * error).sum()
         output_sqnr = _finite(float(10 * torch.log10(signal / noise)))
     return SiteResult(
         site=site.name,
-        scheme=str(entry.effective),
-        method=method,
-        bits_per_weight=result.bits_per_weight,
+        scheme=str(start.entry.effective),
+        method=start.method,
+        bits_per_weight=quantized.num_bits_total / weight.numel(),
         num_weights=weight.numel(),
-        weight_sqnr_db=_finite(sqnr_db(weight, dense)),
+        weight_sqnr_db=_finite(sqnr_db(weight, coded)),
         output_sqnr_db=output_sqnr,
         saturated=result.saturated_fraction,
-        ideal_bits_per_weight=ideal_bits_per_weight(result.codes, result.num_bits_total - result.num_code_bits),
-        num_tokens=stat.num_tokens,
-        reason=reason,
+        ideal_bits_per_weight=ideal_bits_per_weight(result.codes, quantized.num_bits_total - result.num_code_bits),
+        num_tokens=stats.num_tokens,
+        reason=start.reason,
     )
 
 

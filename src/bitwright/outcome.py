@@ -37,8 +37,8 @@ def conclude(
         marked.
     """
     _write_rest(job, walk)
-    _check_coverage(job, run)
-    score = compare_heads(job.model, gate, job.gate, job.model, reference)
+    _check_coverage(job, run, walk)
+    score = compare_heads(walk.model, gate, job.gate, job.model, reference)
     original = compare_heads(job.model, reference, job.gate, None, None)
     blocks = [_read_block(run, index) for index in range(job.model.num_blocks)]
     seconds += sum(block["seconds"] for block in blocks[: walk.resumed_blocks])
@@ -52,7 +52,7 @@ def conclude(
 
 
 def _write_rest(job: Job, walk: Walk) -> None:
-    skeleton = job.model.skeleton
+    skeleton = walk.model.skeleton
     inside = {name for block in job.model.block_names for name in skeleton.stored_names(block)}
     outside = [name for name in skeleton.checkpoint.names if name not in inside]
     written = walk.writer.write_shard(job.model.num_blocks, outside, {})
@@ -62,10 +62,10 @@ def _write_rest(job: Job, walk: Walk) -> None:
     walk.writer.finish(job.sites, dict(job.plan.sites))
 
 
-def _check_coverage(job: Job, run: RunDirectory) -> None:
+def _check_coverage(job: Job, run: RunDirectory, walk: Walk) -> None:
     """Every tensor of the original is in the result, and exactly the planned ones are packed."""
     result = open_checkpoint(run.model)
-    original = job.model.skeleton.checkpoint
+    original = walk.model.skeleton.checkpoint
     missing = sorted(set(original.names) ^ set(result.names))
     if missing:
         raise VerificationError(

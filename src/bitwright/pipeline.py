@@ -35,6 +35,7 @@ from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
 from bitwright.runs import RUN_FILE, RunDirectory, open_run
+from bitwright.transformation import transformed
 from bitwright.walk import FISHER, Walk
 
 LONGEST_DEFAULT_WINDOW = 2048
@@ -115,8 +116,12 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: boo
     """Do what is left of a run; return how many blocks were done before."""
     if job.recipe.importance == "fisher":
         _measure_fisher(job, run, trust_remote_code, progress)
-    walk = Walk(job.model, run, job.recipe, job.plan, job.layouts, job.calibration, job.gate, progress)
     try:
+        model, frame = transformed(job, run.work, progress)
+        walk = Walk(
+            model, run, job.recipe, job.plan, job.layouts, job.calibration, job.gate, progress,
+            original=job.model, frame=frame,
+        )  # fmt: skip
         gate, reference = walk.execute()
         conclude(job, run, walk, gate, reference, time.perf_counter() - begun)
     except VerificationError as error:

@@ -16,14 +16,16 @@ from bitwright.data.corpora import load_corpus
 from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
 from bitwright.errors import CheckpointError, DataError, RecipeError
 from bitwright.exporters.layout_choice import choose_layouts
-from bitwright.methods.solvers import SOLVERS, has_own_tables
+from bitwright.methods.composition import check_composition, needs_own_layout, needs_text, require_known
+from bitwright.methods.solvers import has_own_tables
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.layouts import own
+from bitwright.model.layouts.stored import COMPRESSED_TENSORS
 from bitwright.model.sites import Site, block_sites
 from bitwright.model.stream import StreamedModel
 from bitwright.preflight import Estimate, check, estimate
 from bitwright.progress import Progress
-from bitwright.recipe import Plan, Recipe, resolve
+from bitwright.recipe import Layout, Plan, Recipe, resolve
 from bitwright.runs import RunDirectory
 
 GATE_TOKENS = 2048
@@ -151,7 +153,7 @@ def prepare(
     Raises:
         BitwrightError: whatever is wrong with model, recipe, text, machine or run directory.
     """
-    require_methods(recipe)
+    require_known(recipe)
     run.check_place()
     model = open_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if model.skeleton.checkpoint.is_packed:
@@ -176,12 +178,6 @@ def prepare(
     )  # fmt: skip
 
 
-def require_methods(recipe: Recipe) -> None:
-    """Raises UnknownName for a method that nobody registered."""
-    for method in recipe.methods:
-        _ = SOLVERS[method]
-
-
 def decide(model: StreamedModel, recipe: Recipe) -> Decision:
     """Resolve a recipe for a model and check whatever its shapes tell, without reading a weight.
 
@@ -192,15 +188,16 @@ def decide(model: StreamedModel, recipe: Recipe) -> Decision:
     plan = resolve(recipe, sites)
     if not plan.quantized:
         raise RecipeError("the recipe leaves every site in 16 bit. Remove an ignore pattern or rule.")
+    check_composition(recipe, plan)
     layouts = choose_layouts(
         sites,
         plan.sites,
-        recipe.layout,
+        _layout(recipe),
         dtype=model.skeleton.checkpoint.dense_dtype,
         stored={site.name: model.skeleton.stored_dtype(site.parameter) for site in sites},
     )
     _check_places(model, [site for site in sites if plan.sites[site.name].scheme is not None], layouts)
-    _check_methods(recipe, plan)
+    _check_importance(recipe, plan)
     _check_calibration(recipe, plan)
     return Decision(sites=sites, plan=plan, layouts=layouts)
 
@@ -220,38 +217,40 @@ def _check_places(model: StreamedModel, sites: list[Site], layouts: Mapping[str,
             )
 
 
-def _check_methods(recipe: Recipe, plan: Plan) -> None:
+def _layout(recipe: Recipe) -> Layout:
+    """The layout to ask for: bitwright's own where a part of the recipe needs it."""
+    part = needs_own_layout(recipe)
+    if part is None:
+        return recipe.layout
+    if recipe.layout == COMPRESSED_TENSORS:
+        raise RecipeError(f"{part}: its result cannot be held by compressed-tensors. Use layout bitwright or auto.")
+    return "bitwright"
+
+
+def _check_importance(recipe: Recipe, plan: Plan) -> None:
     for name, entry in plan.sites.items():
-        if entry.scheme is None or entry.method is None:
-            continue
-        if not SOLVERS[entry.method].accepts(entry.scheme.weights.format):
-            raise RecipeError(
-                f"{name}: method {entry.method} does not work on {entry.scheme}. It learns the tables of kmeans "
-                "schemes; use gptq or rtn for others."
-            )
-        if recipe.importance == "fisher" and not has_own_tables(entry.scheme.weights.format):
+        if recipe.importance == "fisher" and entry.scheme and not has_own_tables(entry.scheme.weights.format):
             raise RecipeError(
                 f"{name}: importance fisher weighs the tables of kmeans schemes, not {entry.scheme}. Use inputs."
             )
 
 
 def _check_calibration(recipe: Recipe, plan: Plan) -> None:
-    methods = {entry.method for entry in plan.sites.values() if entry.method is not None}
-    needing = sorted(method for method in methods if SOLVERS[method].needs_hessian)
-    if needing and recipe.calibration.text is None:
-        raise RecipeError(
-            f"method {needing[0]} needs calibration text. Give --calibration FILE, hub:NAME or self, or --method rtn."
-        )
-    if recipe.importance == "fisher" and recipe.calibration.text is None:
-        raise RecipeError("importance fisher needs calibration text. Give --calibration FILE, hub:NAME or self.")
-    if recipe.calibration.text is None:
-        for name, entry in plan.sites.items():
-            acts = None if entry.scheme is None else entry.scheme.activations
-            if acts is not None and acts.observer is not None:
-                raise RecipeError(
-                    f"{name}: scheme {entry.scheme} calibrates its activations, which needs text. Give --calibration "
-                    "FILE, hub:NAME or self, or a scheme with dynamic or 16-bit activations (-dynamic, -a16)."
-                )
+    if recipe.calibration.text is not None:
+        return
+    give = "Give --calibration FILE, hub:NAME or self"
+    needing = needs_text(recipe, plan)
+    if needing is not None:
+        raise RecipeError(f"method {needing} needs calibration text. {give}, or --method rtn.")
+    if recipe.importance == "fisher":
+        raise RecipeError(f"importance fisher needs calibration text. {give}.")
+    for name, entry in plan.sites.items():
+        acts = None if entry.scheme is None else entry.scheme.activations
+        if acts is not None and acts.observer is not None:
+            raise RecipeError(
+                f"{name}: scheme {entry.scheme} calibrates its activations, which needs text. {give}, or a scheme "
+                "with dynamic or 16-bit activations (-dynamic, -a16)."
+            )
 
 
 def _texts(

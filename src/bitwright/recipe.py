@@ -26,6 +26,17 @@ import yaml
 from bitwright.errors import RecipeError, ShapeError
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.integer import IntegerFormat
+from bitwright.options import (
+    AutoOptions,
+    AwqOptions,
+    BlockApOptions,
+    GptqOptions,
+    HqqOptions,
+    LlmInt8Options,
+    RotationOptions,
+    SignRoundOptions,
+    SmoothQuantOptions,
+)
 from bitwright.schemes import MODEL_SCALE, Scheme
 from bitwright.strict_yaml import build, read_yaml_mapping, to_plain
 
@@ -54,19 +65,6 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GptqOptions:
-    """GPTQ's knobs: damp as a fraction of the Hessian's mean diagonal, columns per lazy update, static act-order."""
-
-    damp: float = 0.01
-    block: int = 128
-    act_order: bool = True
-
-    def __post_init__(self) -> None:
-        _check(self.damp > 0 and math.isfinite(self.damp), "gptq.damp", self.damp, "a finite number above 0")
-        _check(self.block >= 1, "gptq.block", self.block, "at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     """The text statistics are collected on (file, `stdlib`, `hub:...`, `self`; None: no data) and how much of it."""
 
@@ -85,6 +83,8 @@ class Calibration:
 class Recipe:
     """A user's wishes for one model.
 
+    `transforms` change the model without changing its function, in their order; `method` then chooses codes, and
+    `repairs` make up for errors that are left. A composition such as `awq+gptq+bias` says all three in one name.
     `range_method` "auto" is importance-weighted MSE where a site's method collects statistics, plain MSE where not;
     "absmean" (ternary, binary) and "twn" (ternary) take every scheme of the recipe to be of these formats.
     `importance` "fisher" weighs each weight of a codebook by its Fisher information, "inputs" by its column's mean
@@ -97,7 +97,9 @@ class Recipe:
     """
 
     scheme: Scheme = field(default_factory=lambda: Scheme.parse("W4A16-g128"))
+    transforms: tuple[str, ...] = ()
     method: str = "gptq"
+    repairs: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     ignore: tuple[str, ...] = (HEAD_NAME,)
     range_method: RangeMethod = "auto"
@@ -105,6 +107,14 @@ class Recipe:
     ragged: Ragged = "auto"
     layout: Layout = "auto"
     gptq: GptqOptions = field(default_factory=GptqOptions)
+    awq: AwqOptions = field(default_factory=AwqOptions)
+    smoothquant: SmoothQuantOptions = field(default_factory=SmoothQuantOptions)
+    rotation: RotationOptions = field(default_factory=RotationOptions)
+    llm_int8: LlmInt8Options = field(default_factory=LlmInt8Options)
+    hqq: HqqOptions = field(default_factory=HqqOptions)
+    signround: SignRoundOptions = field(default_factory=SignRoundOptions)
+    block_ap: BlockApOptions = field(default_factory=BlockApOptions)
+    auto: AutoOptions = field(default_factory=AutoOptions)
     calibration: Calibration = field(default_factory=Calibration)
     max_kl: float = 1.0
 

@@ -28,6 +28,11 @@ class Registry(Generic[T]):
         except KeyError:
             raise UnknownName(f"unknown {self._kind} '{name}'.{did_you_mean(name, self._entries)}") from None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name, in alphabetical order."""
+        return tuple(sorted(self._entries))
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
 

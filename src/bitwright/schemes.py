@@ -5,8 +5,9 @@
 
 Options follow in any order, each after a dash:
 
-    weights       g<n> or b<n> (groups), channel, tensor, block<n> or block<r>x<c>; sym, asym; dq (double-quantized
-                  scales); o<percent> (largest weights kept as floats beside a codebook)
+    weights       g<n> or b<n> (groups), channel, tensor, block<n> or block<r>x<c>; sym, asym, floatzero (asym with
+                  float zero points); dq (double-quantized scales); o<percent> (largest weights as floats beside a
+                  codebook)
     activations   a16 (leave them alone); dynamic (per call) or static (calibrated); token, acttensor, actg<n>;
                   actsym, actasym; for static the observer: minmax, average, percentile, entropy, mse
 
@@ -22,7 +23,7 @@ from typing import NoReturn, cast
 
 from bitwright.errors import RecipeError, UnknownName, did_you_mean
 from bitwright.numerics.codebook_grid import CodebookFormat, LearnedTableFormat
-from bitwright.numerics.formats import FORMATS, Format, LevelFormat, num_code_bits
+from bitwright.numerics.formats import FORMATS, Format, LevelFormat, has_float_zero, num_code_bits, num_zero_point_bits
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.integer import MAX_BITS, MIN_BITS, IntegerFormat
 from bitwright.registry import Registry
@@ -78,7 +79,7 @@ class WeightScheme:
         levels_above = {"e4m3": 1, "nested": 1 + math.ceil(rows * groups / _NESTED_BLOCK)}
         bits += 32 * levels_above.get(self.scale, 0)
         bits += 32 * format.num_codes if isinstance(format, LearnedTableFormat) else 0
-        return bits + (0 if format.symmetric else num_code_bits(format, rows * groups))
+        return bits + num_zero_point_bits(format, rows * groups)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +158,7 @@ class Scheme:
         weights = self.weights
         parts = [self.base, _granularity_name(weights.granularity)]
         if isinstance(weights.format, IntegerFormat) and not weights.format.symmetric:
-            parts.append("asym")
+            parts.append("floatzero" if has_float_zero(weights.format) else "asym")
         if weights.scale == "nested":
             parts.append("dq")
         if weights.outliers:
@@ -258,9 +259,9 @@ class _Options:
         if weight_granularity is not None:
             self._once("granularity")
             self.weights = replace(self.weights, granularity=weight_granularity)
-        elif option in ("sym", "asym"):
+        elif option in ("sym", "asym", "floatzero"):
             self._once("symmetry")
-            format = self._with_symmetry(self.weights.format, option == "sym")
+            format = self._with_symmetry(self.weights.format, option == "sym", float_zero=option == "floatzero")
             if self.weights.scale != MODEL_SCALE:
                 self._refuse(f"'{option}': the weights of this family have their scales prescribed")
             self.weights = replace(self.weights, format=format)
@@ -326,10 +327,11 @@ class _Options:
         granularity = _TENSOR if size is None else Granularity(kind="columns", group_size=size)
         return replace(acts, granularity=granularity)
 
-    def _with_symmetry(self, format: Format, symmetric: bool) -> Format:
+    def _with_symmetry(self, format: Format, symmetric: bool, *, float_zero: bool = False) -> Format:
         if not isinstance(format, IntegerFormat):
             self._refuse(f"only integers have a zero point; {format.name} is symmetric as it is")
-        return IntegerFormat(bits=format.bits, symmetric=symmetric, full_range=format.full_range or not symmetric)
+        full = format.full_range or not symmetric
+        return IntegerFormat(bits=format.bits, symmetric=symmetric, full_range=full, float_zero=float_zero)
 
     def _double_quantize(self) -> None:
         if self.weights.scale not in (MODEL_SCALE, "float32") or not self.weights.format.symmetric:

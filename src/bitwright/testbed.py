@@ -25,7 +25,6 @@ from bitwright.errors import CheckpointError, RecipeError, RunError, StructureEr
 from bitwright.inspection import probe_streamed
 from bitwright.model.checkpoint import HUB_PATTERNS, WEIGHT_INDEX
 from bitwright.model.edits import named_tensors, num_channels, scale_edges
-from bitwright.model.skeleton import Skeleton
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import BlockStructure, Edge
 from bitwright.model.tensor_file import save_tensors_atomic
@@ -231,7 +230,7 @@ def _edited(model: StreamedModel, index: int, plan: _BlockPlan) -> dict[str, Ten
         stored: dict[str, Tensor] = {}
         rounded: dict[str, Tensor] = {}
         for parameter, value in scale_edges(originals, sites, plan.scales).items():
-            pieces = _stored_pieces(skeleton, parameter, value)
+            pieces = skeleton.stored_tensors(parameter, value)
             dtype = next(iter(pieces.values())).dtype
             stored.update(pieces)
             rounded[parameter] = value.to(dtype).to(value.dtype)
@@ -244,21 +243,6 @@ def _edited(model: StreamedModel, index: int, plan: _BlockPlan) -> dict[str, Ten
                     f"{parameter}: the scaled weight leaves the exact range of {dtype}. Use a smaller factor."
                 )
     return stored
-
-
-def _stored_pieces(skeleton: Skeleton, parameter: str, value: Tensor) -> dict[str, Tensor]:
-    """Cut a parameter into the tensors that the checkpoint stores (experts one by one), in their dtypes."""
-    checkpoint, sources = skeleton.checkpoint, skeleton.sources[parameter]
-    if len(sources) == 1 and checkpoint.shape(sources[0]) == tuple(value.shape):
-        pieces = {sources[0]: value}
-    else:
-        pieces = {
-            name: (value if expert is None else value[expert])[first:end]
-            for name, expert, first, end in skeleton.stored_pieces(parameter)
-        }
-    return {
-        name: piece.to("cpu", checkpoint.stored[name].dtype, copy=True).contiguous() for name, piece in pieces.items()
-    }
 
 
 def _compare_logits(model: StreamedModel, planted: StreamedModel, exact: bool, seed: int) -> tuple[float, float]:

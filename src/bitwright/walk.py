@@ -1,15 +1,17 @@
 """The walk over the decoder blocks: load one, calibrate, quantize, write and free it, go on with what it now computes.
 
-Three streams of hidden states run through the model. `calibration` and `gate` see the quantized prefix, as the
+Streams of hidden states run through the model. `calibration` and `gate` see the quantized prefix, as the
 finished model will; `reference` is the gate text through the original blocks. At the end gate against reference is the
-loss of the whole model on text that no method has seen. Each stream alternates between two files, and a block's shard,
+loss of the whole model on text that no method has seen. A fourth, `teacher`, is the calibration text through the blocks
+before they are quantized, for methods that ask for it. Each stream alternates between two files, and a block's shard,
 statistics and hidden states are on disk before the journal counts it: a killed run goes on at the block where it
 stopped and ends bit-identical.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -17,17 +19,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bitwright.calibration.collect import SiteStats, collect
+from bitwright.calibration.collect import SiteStats
 from bitwright.errors import VerificationError
-from bitwright.evaluation.streamed import batch_slices, enter_all
+from bitwright.evaluation.streamed import enter_all
 from bitwright.exporters.model_writer import ModelWriter, reread_equals
 from bitwright.group_solver import GroupSolver, SiteResult
-from bitwright.methods.solvers import SOLVERS
-from bitwright.model.activations import Activations
-from bitwright.model.probe import propose
-from bitwright.model.sites import Site, block_sites
+from bitwright.methods.solvers import SOLVERS, Need, Solver
+from bitwright.methods.stage import BlockStage
+from bitwright.methods.transforms import TRANSFORMS
+from bitwright.model.activations import Activations, batch_slices
+from bitwright.model.probe import propose, prove
+from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
-from bitwright.model.structure import collection_passes
+from bitwright.model.structure import BlockStructure, collection_passes
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.numerics.inputs import QuantizedSite
 from bitwright.progress import Progress
@@ -41,8 +45,30 @@ STATISTICS_BYTES = 1_000_000_000
 """Memory that the Hessians collected in one pass over a block may take; more sites than fit take more passes."""
 
 
+def needs_of(plan: Plan) -> frozenset[Need]:
+    """What the methods of a plan must be given; a block's outputs before quantization wherever its inputs are."""
+    methods = {entry.method for entry in plan.sites.values() if entry.method is not None}
+    needs: set[Need] = {need for method in methods for need in SOLVERS[method].needs}
+    if "cross" in needs:
+        needs.add("teacher")
+    return frozenset(needs)
+
+
 class Walk:
-    """Quantizes a model block by block into a run directory. Shapes: N windows, T tokens, D hidden size."""
+    """Quantizes a model block by block into a run directory. Shapes: N windows, T tokens, D hidden size.
+
+    Args:
+        model: what is quantized.
+        run: where to.
+        recipe: the user's wishes.
+        plan: what becomes of each site.
+        layouts: how each quantized site is stored.
+        calibration: [N, T] tokens.
+        gate: [K, T] tokens.
+        progress: called with (what, done, total).
+        original: what the result is compared with, where a transform has made another model of it.
+        frame: [D, D]: hidden states of `model` are those of `original` times it; None if they are equal.
+    """
 
     def __init__(
         self,
@@ -54,12 +80,20 @@ class Walk:
         calibration: Tensor,
         gate: Tensor,
         progress: Progress,
+        *,
+        original: StreamedModel | None = None,
+        frame: Tensor | None = None,
     ) -> None:
         self.model, self.run, self.recipe, self.plan = model, run, recipe, plan
+        self.original, self.frame = original or model, frame
         self.progress = progress
+        self.needs = needs_of(plan)
         self.texts = {"calibration": calibration, "gate": gate, "reference": gate}
+        if "teacher" in self.needs:
+            self.texts["teacher"] = calibration
         if calibration.shape[0] == 0:
             del self.texts["calibration"]
+        self._proofs: dict[str, BlockStructure] = {}
         self.resumed_blocks = int(run.journal().get("completed_blocks", 0))
         self.solver = GroupSolver(model.skeleton, recipe, plan, run.work / FISHER)
         self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1, layouts)
@@ -79,15 +113,22 @@ class Walk:
         return self.run.work / f"{stream}-{index % 2}.bin"
 
     def _enter(self) -> dict[str, Activations]:
-        return {stream: enter_all(self.model, ids, self._stream_path(stream, 0)) for stream, ids in self.texts.items()}
+        return {
+            stream: enter_all(self._model_of(stream), ids, self._stream_path(stream, 0))
+            for stream, ids in self.texts.items()
+        }
+
+    def _model_of(self, stream: str) -> StreamedModel:
+        return self.original if stream == "reference" else self.model
 
     def _reopen(self, done: int) -> dict[str, Activations]:
         """Reopen the streams where the journal left them, after learning again how the blocks are called."""
         width = 0
-        with self.model.outside():
-            for ids in self.texts.values():
+        for stream, ids in self.texts.items():
+            model = self._model_of(stream)
+            with model.outside():
                 for start, end in {end - start: (start, end) for start, end in batch_slices(*ids.shape)}.values():
-                    width = self.model.enter(ids[start:end]).shape[-1]
+                    width = model.enter(ids[start:end]).shape[-1]
         return {
             stream: Activations(
                 self._stream_path(stream, done), (*cast(tuple[int, int], tuple(ids.shape)), width), self.model.dtype
@@ -102,35 +143,93 @@ class Walk:
             stream: Activations(self._stream_path(stream, index + 1), store.shape, store.dtype)
             for stream, store in streams.items()
         }
+        if self.original is not self.model:
+            with self.original.block(index) as block:
+                self._propagate(self.original, block, index, streams["reference"], following["reference"])
         with self.model.block(index) as block:
-            sites = block_sites(block, name)
-            first = next(self._batches(block, index, streams["gate"]))
-            structure = propose(block, name, lambda: cast(Tensor, first()))
-            self._propagate(block, index, streams["reference"], following["reference"])
+            if self.original is self.model:
+                self._propagate(self.model, block, index, streams["reference"], following["reference"])
+            stage = self._stage(block, index, name, streams, following)
             results: dict[Site, QuantizedSite] = {}
             details: list[SiteResult] = []
             moments: dict[str, Tensor] = {}
-            for groups in self._passes(collection_passes(structure), sites):
-                run_batches = partial(self._batches, block, index, streams.get("calibration"))
-                stats = self._collect(block, sites, groups, run_batches)
-                for group in groups:
-                    members = [site for site in sites if site.name in group]
-                    for site, result, detail in self.solver.solve(block, name, members, stats[group[0]]):
-                        results[site] = result
-                        self.model.run_on_codes(block, site, name, result)
-                        details.append(detail)
-                    mean_square = stats[group[0]].mean_square
-                    if mean_square is not None:
-                        moments[group[0]] = mean_square.cpu()
+            for site, result, detail in self._solve(stage, moments):
+                results[site] = result
+                self.model.run_on_codes(block, site, name, result)
+                details.append(detail)
             is_last = index + 1 == self.model.num_blocks
-            for stream in ("gate",) if is_last else tuple(set(streams) - {"reference"}):
-                self._propagate(block, index, streams[stream], following[stream])
-            written = self.writer.write_shard(index, self.model.skeleton.stored_names(name), results)
+            for stream in ("gate",) if is_last else tuple({"gate", "calibration"} & streams.keys()):
+                self._propagate(self.model, block, index, streams[stream], following[stream])
+            written = self.writer.write_shard(
+                index, self.model.skeleton.stored_names(name), results, self._edited(stage)
+            )
         self._check_shard(index, written)
         for store in following.values():
             store.sync()
-        self._write_details(index, name, details, moments, asdict(structure), following, time.perf_counter() - start)
+        self._write_details(stage, details, moments, following, time.perf_counter() - start)
         return following
+
+    def _stage(
+        self,
+        block: nn.Module,
+        index: int,
+        name: str,
+        streams: dict[str, Activations],
+        following: dict[str, Activations],
+    ) -> BlockStage:
+        """Find the block's structure, apply the transforms, and let the teacher see the calibration text."""
+        first = next(self._batches(block, index, streams["gate"]))
+        structure = propose(block, name, lambda: cast(Tensor, first()))
+        if self.recipe.transforms:
+            if structure.signature not in self._proofs:
+                generator = torch.Generator().manual_seed(self.recipe.calibration.seed)
+                self._proofs[structure.signature] = prove(
+                    block, name, lambda: cast(Tensor, first()), structure, generator
+                )
+            structure = structure.with_proof_of(self._proofs[structure.signature])
+        stage = BlockStage(
+            model=self.model, index=index, name=name, block=block, structure=structure, plan=self.plan,
+            recipe=self.recipe, fake_quantize=self.solver.fake_quantize, inputs=streams.get("calibration"),
+        )  # fmt: skip
+        for transform in self.recipe.transforms:
+            apply = TRANSFORMS[transform].apply
+            if apply is not None:
+                apply(stage)
+        if "teacher" in streams:
+            self._propagate(self.model, block, index, streams["teacher"], following["teacher"])
+            stage.teacher_inputs, stage.targets = streams["teacher"], following["teacher"]
+            if "cross" in self.needs:
+                stage.teacher = deepcopy(block)
+        return stage
+
+    def _solve(self, stage: BlockStage, moments: dict[str, Tensor]) -> Iterator[tuple[Site, QuantizedSite, SiteResult]]:
+        """Quantize the sites in the order of their use, then those whose methods work on the whole block."""
+        together: dict[str, SiteStats] = {}
+        sites = stage.sites
+        for groups in self._passes(collection_passes(stage.structure), list(sites.values())):
+            stats = self._collect(stage, groups)
+            for group in groups:
+                mean_square = stats[group[0]].mean_square
+                if mean_square is not None:
+                    moments[group[0]] = mean_square.cpu()
+                waiting = {name for name in group if self._solver(name).solve_block is not None}
+                together.update({name: stats[name] for name in waiting})
+                members = [sites[name] for name in group if name not in waiting]
+                yield from self.solver.solve(stage, members, stats[group[0]])
+        yield from self.solver.solve_block(stage, [sites[name] for name in together], together)
+
+    def _solver(self, site: str) -> Solver:
+        method = self.plan.sites[site].method
+        assert method is not None
+        return SOLVERS[method]
+
+    def _edited(self, stage: BlockStage) -> dict[str, Tensor]:
+        """The stored tensors that transforms have changed."""
+        edited: dict[str, Tensor] = {}
+        for parameter in sorted(stage.edited):
+            value = stage.block.get_parameter(stage.local(parameter)).detach()
+            edited.update(self.model.skeleton.stored_tensors(parameter, value))
+        return edited
 
     def _batches(self, block: nn.Module, index: int, store: Activations | None) -> Iterator[Callable[[], object]]:
         if store is None:
@@ -139,12 +238,14 @@ class Walk:
             hidden = store.read(start, end, self.model.device)
             yield partial(self.model.run_block, block, index, hidden)
 
-    def _propagate(self, block: nn.Module, index: int, source: Activations, target: Activations) -> None:
+    def _propagate(
+        self, model: StreamedModel, block: nn.Module, index: int, source: Activations, target: Activations
+    ) -> None:
         for start, end in batch_slices(source.shape[0], source.shape[1]):
-            hidden = self.model.run_block(block, index, source.read(start, end, self.model.device))
+            hidden = model.run_block(block, index, source.read(start, end, model.device))
             if not bool(torch.isfinite(hidden).all()):
                 raise VerificationError(
-                    f"{self.model.block_names[index]}: its output is not finite after quantization. "
+                    f"{model.block_names[index]}: its output is not finite after quantization. "
                     "Use more bits or smaller groups for this block, or a wider --dtype."
                 )
             target.write(start, hidden)
@@ -168,18 +269,11 @@ class Walk:
             if batch:
                 yield batch
 
-    def _collect(
-        self,
-        block: nn.Module,
-        sites: list[Site],
-        groups: list[tuple[str, ...]],
-        run_batches: Callable[[], Iterable[Any]],
-    ) -> dict[str, SiteStats]:
+    def _collect(self, stage: BlockStage, groups: list[tuple[str, ...]]) -> dict[str, SiteStats]:
         if "calibration" not in self.texts:
-            return {name: SiteStats() for group in groups for name in group}
-        methods = {self.plan.sites[name].method for group in groups for name in group}
-        with_gram = any(SOLVERS[method].needs_hessian for method in methods if method is not None)
-        return collect(block, sites, groups, run_batches, with_gram=with_gram, calibrated=self._calibrated(groups))
+            return {name: SiteStats(transform=stage.input_transforms.get(name)) for group in groups for name in group}
+        with_gram = any(self._solver(name).needs_hessian for group in groups for name in group)
+        return stage.collect(groups, with_gram=with_gram, calibrated=self._calibrated(groups))
 
     def _calibrated(self, groups: list[tuple[str, ...]]) -> dict[str, ActivationScheme]:
         """Sites whose inputs are quantized with scales from calibration."""
@@ -200,24 +294,22 @@ class Walk:
 
     def _write_details(
         self,
-        index: int,
-        name: str,
+        stage: BlockStage,
         details: list[SiteResult],
         moments: dict[str, Tensor],
-        structure: dict[str, Any],
         streams: dict[str, Activations],
         seconds: float,
     ) -> None:
-        error = self._hidden_sqnr_db(streams)
-        save_tensors_atomic(self.run.work / f"stats-{index:05d}.safetensors", moments)
+        save_tensors_atomic(self.run.work / f"stats-{stage.index:05d}.safetensors", moments)
         entry = {
-            "block": name,
+            "block": stage.name,
             "seconds": seconds,
-            "hidden_sqnr_db": error,
+            "hidden_sqnr_db": self._hidden_sqnr_db(streams),
             "sites": [asdict(detail) for detail in details],
-            "structure": structure,
+            "transforms": stage.notes,
+            "structure": asdict(stage.structure),
         }
-        write_json_atomic(self.run.work / f"block-{index:05d}.json", entry)
+        write_json_atomic(self.run.work / f"block-{stage.index:05d}.json", entry)
 
     def _hidden_sqnr_db(self, streams: dict[str, Activations]) -> float | None:
         """Signal to noise of the hidden state after the block, on the gate text; None where they are equal."""
@@ -225,6 +317,8 @@ class Walk:
         gate, reference = streams["gate"], streams["reference"]
         for start in range(len(gate)):
             expected = reference.read(start, start + 1, torch.device("cpu")).double()
+            if self.frame is not None:
+                expected = expected @ self.frame.double()
             signal += float(expected.square().sum())
             noise += float((gate.read(start, start + 1, torch.device("cpu")).double() - expected).square().sum())
         return _finite(10 * math.log10(signal / noise)) if signal > 0 and noise > 0 else None

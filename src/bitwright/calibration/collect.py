@@ -4,7 +4,7 @@ Shapes: T tokens, I in features.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from bitwright.calibration.observers import OBSERVERS, Observer
 from bitwright.errors import VerificationError
 from bitwright.model.sites import Site, SiteCalls
 from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.inputs import InputTransform
 from bitwright.numerics.linalg import accumulate_gram
 from bitwright.schemes import ActivationScheme
 
@@ -25,6 +26,11 @@ class SiteStats:
         num_tokens: T, the tokens that reached the sites.
         gram: Σ x xᵀ, [I, I] float64 where the device has it; None unless a method needs Hessians.
         square_sum: Σ x², [I] float64.
+        total: Σ x, [I] float64.
+        cross: Σ (x' - x) xᵀ, [I, I] float64, x' the input of the same token in the unquantized model; None unless a
+            method needs it.
+        guided: Σ w xᵀx per group of output channels, w the token's squared end-loss gradient; None likewise.
+        transform: what happens to inputs before anything is counted.
         observers: the ranges of the inputs, for each way in which they will be quantized with calibrated scales.
         is_routed: a router decides which tokens arrive (experts), so that there may be few or none.
     """
@@ -33,6 +39,10 @@ class SiteStats:
     num_tokens: int = 0
     gram: Tensor | None = None
     square_sum: Tensor | None = None
+    total: Tensor | None = None
+    cross: Tensor | None = None
+    guided: list[Tensor] | None = None
+    transform: InputTransform | None = None
     observers: dict[ActivationScheme, Observer] = field(default_factory=dict[ActivationScheme, Observer])
 
     @property
@@ -41,6 +51,11 @@ class SiteStats:
         if self.square_sum is None or self.num_tokens == 0:
             return None
         return (self.square_sum / self.num_tokens).float()
+
+    @property
+    def mean(self) -> Tensor | None:
+        """E[x], [I] float32. None where no token was seen."""
+        return None if self.total is None or self.num_tokens == 0 else (self.total / self.num_tokens).float()
 
     @property
     def hessian(self) -> Tensor | None:
@@ -59,14 +74,39 @@ class SiteStats:
             hessian.diagonal().copy_(diagonal)
         return hessian
 
+    def without(self, columns: Tensor) -> "SiteStats":
+        """Return the statistics as if the inputs of some columns [k] were always 0; for solvers, not for observers."""
+
+        def cleared(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x.clone()
+            for dimension in range(x.ndim):
+                x.index_fill_(dimension, columns.to(x.device), 0.0)
+            return x
+
+        return replace(
+            self,
+            gram=cleared(self.gram),
+            square_sum=cleared(self.square_sum),
+            total=cleared(self.total),
+            cross=cleared(self.cross),
+            guided=None if self.guided is None else [each for x in self.guided if (each := cleared(x)) is not None],
+        )
+
     def add(self, x: Tensor, *, with_gram: bool) -> None:
         """Add the inputs x [..., I] of one call."""
         rows = x.reshape(-1, x.shape[-1]).float()
+        if self.transform is not None:
+            rows = self.transform.apply(rows)
         if self.square_sum is None:
             exact = torch.float32 if rows.device.type == "mps" else torch.float64
             width = rows.shape[1]
             self.square_sum = torch.zeros(width, dtype=exact, device=rows.device)
+            self.total = torch.zeros_like(self.square_sum)
             self.gram = torch.zeros(width, width, dtype=exact, device=rows.device) if with_gram else None
+        assert self.total is not None
+        self.total += rows.sum(0, dtype=self.total.dtype)
         self.num_tokens += rows.shape[0]
         for observer in self.observers.values():
             observer.observe(rows)
@@ -89,6 +129,7 @@ def collect(
     *,
     with_gram: bool,
     calibrated: Mapping[str, ActivationScheme] | None = None,
+    transforms: Mapping[str, InputTransform] | None = None,
 ) -> dict[str, SiteStats]:
     """Run a block over the calibration set and return statistics per site; sites of one group share one object.
 
@@ -99,6 +140,7 @@ def collect(
         run_batches: yields one callable per batch, each of which runs the block once.
         with_gram: also accumulate Σ x xᵀ.
         calibrated: sites whose inputs get calibrated scales, and which.
+        transforms: what happens to the inputs of a site before they are quantized; the same within a group.
     Raises:
         VerificationError: NaN or Inf where a range is observed; names the site.
     """
@@ -109,7 +151,8 @@ def collect(
         first = known[group[0]]
         wanted = {calibrated[name] for name in group if calibrated and name in calibrated}
         observers = {scheme: _observer(scheme, first.in_features) for scheme in wanted}
-        shared = SiteStats(is_routed=first.kind == "expert", observers=observers)
+        transform = (transforms or {}).get(group[0])
+        shared = SiteStats(is_routed=first.kind == "expert", observers=observers, transform=transform)
         leaders.add(group[0])
         stats.update(dict.fromkeys(group, shared))
     waiting: set[str] = set()

@@ -125,7 +125,10 @@ def quantize(
     scheme: Annotated[
         str | None, typer.Option(help="W4A16-g128, W8A8, nf4-b64-dq, fp8, mxfp4-a16 …; see bitwright formats.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="rtn, gptq, or lnq (kmeans schemes).")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="rtn, gptq, auto …, or a composition such as awq+gptq+bias; see bitwright methods."),
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]], stdlib, or self.")
     ] = None,

@@ -8,17 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from bitwright.evaluation.score import Score, Scorer
-from bitwright.model.activations import Activations
+from bitwright.model.activations import Activations, batch_slices
 from bitwright.model.stream import StreamedModel
 from bitwright.progress import Progress
-
-TOKENS_PER_BATCH = 4096
-
-
-def batch_slices(num_windows: int, seqlen: int) -> list[tuple[int, int]]:
-    """Cut N windows into batches of about TOKENS_PER_BATCH tokens: (start, end) pairs."""
-    size = max(1, TOKENS_PER_BATCH // seqlen)
-    return [(start, min(start + size, num_windows)) for start in range(0, num_windows, size)]
 
 
 def enter_all(model: StreamedModel, windows: Tensor, path: Path) -> Activations:

@@ -50,15 +50,30 @@ class ModelWriter:
         return self.directory / f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
 
     def write_shard(
-        self, index: int, stored_names: Iterable[str], quantized: dict[Site, QuantizedSite]
+        self,
+        index: int,
+        stored_names: Iterable[str],
+        quantized: dict[Site, QuantizedSite],
+        edited: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Write the tensors called `stored_names`, the quantized ones as codes; return what was written."""
+        """Write the tensors called `stored_names`, the quantized ones as codes; return what was written.
+
+        Args:
+            index: of the shard.
+            stored_names: all that belongs into it.
+            quantized: sites whose weights become codes.
+            edited: stored name -> tensor that takes the place of the original's, where it is not quantized.
+        """
         tensors: dict[str, Tensor] = {}
         replaced: set[str] = set()
         for site, result in quantized.items():
             for name, rows in self.pieces(site, result):
                 parts = encode(self.layouts[site.name], rows, self.checkpoint.stored[name].dtype)
                 tensors.update({f"{module_of(name)}.{part}": tensor for part, tensor in parts.items()})
+                replaced.add(name)
+        for name, tensor in (edited or {}).items():
+            if name not in replaced:
+                tensors[name] = tensor
                 replaced.add(name)
         tensors.update(self.checkpoint.read([name for name in stored_names if name not in replaced]))
         # safetensors refuses tensors that share memory, as the calibrated scales of one group of sites do.

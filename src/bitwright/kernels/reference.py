@@ -7,8 +7,11 @@ columns are taken in runs whose sums stay below it (a matrix product in float32 
 runs are added in float64. In float64 the product of two float32 scales is exact as well, so that each group rounds
 once, and the result once more to float32.
 
-With floating-point codes (FP8, FP4) or tables the hardware accumulates in float32. So does this: it multiplies the
-dequantized values, which moves the scales into the sum, and rounds each value once more at most.
+With floating-point codes (FP8, FP4), tables or float zero points the hardware accumulates in float32. So does this: it
+multiplies the dequantized values, which moves the scales into the sum, and rounds each value once more at most.
+
+Inputs may be transformed before they become codes, some columns may stay floats (their inputs are then 0 among the
+codes), and a correction may be added: see `QuantizedSite`.
 
 Legend: T tokens, O out features, I in features.
 """
@@ -41,11 +44,20 @@ def linear(x: Tensor, site: QuantizedSite, bias: Tensor | None = None) -> Tensor
     if x.shape[-1:] != site.weight.shape[1:]:
         raise ShapeError(f"linear: inputs {list(x.shape)} must be [..., {site.weight.shape[1]}].")
     if site.inputs is None or x.numel() == 0:
-        return functional.linear(x, site.weight.dequantize(x.dtype), bias)
+        result = functional.linear(x, site.dense(x.dtype), bias)
+        return result if site.correction is None else (result.float() + site.correction).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
+    if site.transform is not None:
+        rows = site.transform.apply(rows)
+    apart: Tensor | None = None
+    if site.columns is not None:
+        index = site.columns.index.long()
+        apart = rows[:, index].float() @ site.columns.weight.float().T
+        rows = rows.index_fill(1, index, 0.0)
     result = product(site.inputs.quantize(rows), site.weight)
-    if bias is not None:
-        result = result + bias.float()
+    for addend in (apart, site.correction, bias):
+        if addend is not None:
+            result = result + addend.float()
     return result.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -73,10 +85,11 @@ def product(x: QTensor, weight: QTensor) -> Tensor:
 
 
 def _integer_grid(matrix: QTensor) -> Grid | None:
-    """The grid of integer codes; None for other codes, and for integers of which outliers replace some."""
+    """The grid of integer codes; None for other codes, for those less a fraction, and where outliers replace some."""
     grid = matrix.grid
-    is_integer = isinstance(grid, Grid) and isinstance(grid.format, IntegerFormat) and matrix.outliers is None
-    return grid if is_integer and isinstance(grid, Grid) else None
+    if not isinstance(grid, Grid) or not isinstance(grid.format, IntegerFormat) or matrix.outliers is not None:
+        return None
+    return None if grid.format.float_zero else grid
 
 
 def _integers(codes: Tensor, grid: Grid) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -9,36 +10,74 @@ from bitwright.calibration.collect import SiteStats
 from bitwright.methods.gptq import Refit, gptq
 from bitwright.methods.lnq import lnq
 from bitwright.methods.rtn import rtn
+from bitwright.methods.stage import BlockStage
+from bitwright.model.sites import Site
 from bitwright.numerics.codebook_grid import CodebookFormat, CodebookGrid, LearnedTableFormat
 from bitwright.numerics.formats import Format
 from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.qtensor import QTensor
-from bitwright.recipe import GptqOptions
+from bitwright.recipe import Recipe
 from bitwright.registry import Registry
+
+Need = Literal["moments", "hessian", "teacher", "cross", "guided"]
+"""What a method must be given: E[x²] of a site's inputs; also Σ x xᵀ; the outputs of the unquantized block; how the
+inputs of the unquantized model differ; Hessians weighted by end-loss gradients."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """All that a solver may know beside the weight and its grid.
+
+    Attributes:
+        stats: of the inputs, as they will be at inference.
+        recipe: holds the options of every method.
+        refit: fits a new grid to the current weights [O, g] of columns first … end.
+    """
+
+    stats: SiteStats
+    recipe: Recipe
+    refit: Refit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockTask:
+    """A site that a block solver is to quantize: start from `grid`, end with codes and a grid of the same kind."""
+
+    site: Site
+    grid: AnyGrid
+    stats: SiteStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solver:
-    """Rounds a weight to a grid.
+    """Chooses codes: for one weight at a time (`solve`), or for all sites of a block together (`solve_block`).
 
     Attributes:
-        solve: (weight [O, I], grid, statistics of the inputs, options, refit) -> QTensor; `refit` fits a new grid to
-            the current weights [O, g] of columns first … end.
-        needs_hessian: the statistics must include Σ x xᵀ, so a calibration text is required.
+        solve: (weight [O, I], grid, problem) -> QTensor.
+        solve_block: (stage, tasks) -> QTensor per site name.
+        needs: what must have been collected; anything at all requires a calibration text.
         accepts: the number formats it works on.
+        hint: what to do where it does not.
     """
 
-    solve: Callable[[Tensor, AnyGrid, SiteStats, GptqOptions, Refit], QTensor]
-    needs_hessian: bool
+    solve: Callable[[Tensor, AnyGrid, Problem], QTensor] | None = None
+    solve_block: Callable[[BlockStage, list[BlockTask]], dict[str, QTensor]] | None = None
+    needs: frozenset[Need] = frozenset()
     accepts: Callable[[Format], bool] = lambda _: True
+    hint: str = "Use gptq or rtn."
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the statistics must include Σ x xᵀ."""
+        return "hessian" in self.needs
 
 
-def _rtn(weight: Tensor, grid: AnyGrid, _stats: SiteStats, _options: GptqOptions, _refit: Refit) -> QTensor:
+def _rtn(weight: Tensor, grid: AnyGrid, _problem: Problem) -> QTensor:
     return rtn(weight, grid)
 
 
-def _gptq(weight: Tensor, grid: AnyGrid, stats: SiteStats, options: GptqOptions, refit: Refit) -> QTensor:
-    hessian = stats.hessian
+def _gptq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
+    hessian, options = problem.stats.hessian, problem.recipe.gptq
     assert hessian is not None
     has_float_scales = isinstance(grid, Grid) and grid.stored is None
     refits = has_float_scales and grid.granularity.kind == "group" and not options.act_order
@@ -49,15 +88,15 @@ def _gptq(weight: Tensor, grid: AnyGrid, stats: SiteStats, options: GptqOptions,
         damp=options.damp,
         block=options.block,
         act_order=options.act_order,
-        refit=refit if refits else None,
+        refit=problem.refit if refits else None,
     )
 
 
-def _lnq(weight: Tensor, grid: AnyGrid, stats: SiteStats, options: GptqOptions, _refit: Refit) -> QTensor:
-    hessian = stats.hessian
+def _lnq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
+    hessian = problem.stats.hessian
     assert hessian is not None
     assert isinstance(grid, CodebookGrid)
-    return lnq(weight, hessian, grid, damp=options.damp)
+    return lnq(weight, hessian, grid, damp=problem.recipe.gptq.damp)
 
 
 def has_own_tables(format: Format) -> bool:
@@ -65,7 +104,14 @@ def has_own_tables(format: Format) -> bool:
     return isinstance(format, CodebookFormat) and not isinstance(format, LearnedTableFormat)
 
 
+HESSIAN: frozenset[Need] = frozenset({"moments", "hessian"})
 SOLVERS: Registry[Solver] = Registry("method")
-SOLVERS.register("rtn", Solver(solve=_rtn, needs_hessian=False))
-SOLVERS.register("gptq", Solver(solve=_gptq, needs_hessian=True))
-SOLVERS.register("lnq", Solver(solve=_lnq, needs_hessian=True, accepts=has_own_tables))
+SOLVERS.register("rtn", Solver(solve=_rtn))
+SOLVERS.register("gptq", Solver(solve=_gptq, needs=HESSIAN))
+SOLVERS.register(
+    "lnq",
+    Solver(
+        solve=_lnq, needs=HESSIAN, accepts=has_own_tables,
+        hint="It learns the tables of kmeans schemes; use gptq or rtn for others.",
+    ),
+)  # fmt: skip

@@ -13,6 +13,14 @@ from torch import Tensor
 
 from bitwright.errors import ResourceError
 
+TOKENS_PER_BATCH = 4096
+
+
+def batch_slices(num_windows: int, seqlen: int) -> list[tuple[int, int]]:
+    """Cut N windows into batches of about TOKENS_PER_BATCH tokens: (start, end) pairs."""
+    size = max(1, TOKENS_PER_BATCH // seqlen)
+    return [(start, min(start + size, num_windows)) for start in range(0, num_windows, size)]
+
 
 class Activations:
     """Hidden states [N, T, D] of N windows, readable and writable by slices of windows."""

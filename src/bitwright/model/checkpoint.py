@@ -73,6 +73,11 @@ class Checkpoint:
         return self._quantization is not None and self._quantization.quantizes_inputs
 
     @property
+    def is_dense_equivalent(self) -> bool:
+        """Whether every product of the model is one with a dense weight: no inputs quantized, no outputs corrected."""
+        return not self.quantizes_inputs and not any(name.endswith(".output_correction") for name in self.stored)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(info.num_bytes for info in self.stored.values())
@@ -103,7 +108,7 @@ class Checkpoint:
         tensors = self.read_stored(plain)
         for name in wanted:
             if name in self._parts:
-                tensors[name] = self.read_packed(name).weight.dequantize(self._dtype_of(name))
+                tensors[name] = self.read_packed(name).dense(self._dtype_of(name))
         return tensors
 
     def read_packed(self, name: str) -> QuantizedSite:

@@ -6,13 +6,14 @@ gives the logits. Nothing here knows an architecture: whatever a model does befo
 model's own code.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bitwright.errors import StructureError
 from bitwright.model.checkpoint import Checkpoint
@@ -109,7 +110,7 @@ class StreamedModel:
         self.skeleton.load(name)
         block = self.skeleton.model.get_submodule(name)
         try:
-            if self.skeleton.checkpoint.quantizes_inputs:
+            if not self.skeleton.checkpoint.is_dense_equivalent:
                 for site, quantized in self._stored_sites(block, name):
                     self.run_on_codes(block, site, name, quantized)
             yield block
@@ -119,8 +120,8 @@ class StreamedModel:
             return_freed_memory()
 
     def run_on_codes(self, block: nn.Module, site: Site, prefix: str, quantized: QuantizedSite) -> None:
-        """From now until the block is freed, compute the products of a site on codes if its inputs are quantized."""
-        if quantized.inputs is not None:
+        """From now until the block is freed, compute a site's products as it does: on codes if it quantizes inputs."""
+        if not quantized.is_dense_equivalent:
             self._products[storage_key(weight_view(block, site, prefix))] = quantized.to(self.device)
 
     def _stored_sites(self, block: nn.Module, prefix: str) -> Iterator[tuple[Site, QuantizedSite]]:
@@ -153,9 +154,22 @@ class StreamedModel:
 
     def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Return the output [B, T, D] of block `index` for the hidden state [B, T, D]."""
-        call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
         with torch.no_grad(), QuantizedProducts(self._products) if self._products else nullcontext():
-            out = block(hidden, *call.args, **call.kwargs)
+            return self.call_block(block, index, hidden)
+
+    def call_block(
+        self, block: nn.Module, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the output [B, T, D] of block `index`, with gradients where they are wanted, on float weights.
+
+        Args:
+            block: in memory; may also be a copy of the block.
+            index: which block; says how it is called.
+            hidden: [B, T, D], of a batch shape that has been entered.
+            weights: parameter name inside the block -> tensor to use in its place.
+        """
+        call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
+        out = functional_call(block, dict(weights or {}), (hidden, *call.args), call.kwargs)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
     def logits(self, input_ids: Tensor) -> Tensor:

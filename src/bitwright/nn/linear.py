@@ -66,10 +66,12 @@ class QuantizedLinear(nn.Module):
             dtype: of weight and bias; the model's by default.
         """
         dtype = self.dtype if dtype is None else dtype
-        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.site().weight.dequantize(dtype))
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().to(dtype))
+        site = self.site()
+        bias = self.bias if site.correction is None else site.correction + (0 if self.bias is None else self.bias)
+        dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(site.dense(dtype))
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().to(dtype))
         return dense
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":

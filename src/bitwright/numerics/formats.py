@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.numerics.codebook_grid import CodebookFormat, LearnedTableFormat
-from bitwright.numerics.integer import MAX_BITS, MIN_BITS, IntegerFormat
+from bitwright.numerics.integer import FLOAT_ZERO_DTYPE, MAX_BITS, MIN_BITS, IntegerFormat
 from bitwright.numerics.minifloat import MINIFLOATS
 from bitwright.numerics.table import TABLES
 from bitwright.numerics.ternary import BinaryFormat, TernaryFormat
@@ -93,6 +93,20 @@ def num_code_bits(format: Format, num_codes: int) -> int:
     return math.ceil(Fraction(str(format.bits)) * num_codes)
 
 
+def has_float_zero(format: Format) -> bool:
+    """Whether zero points are floats: of `FLOAT_ZERO_DTYPE` in place of integers as wide as a code."""
+    return isinstance(format, IntegerFormat) and format.float_zero
+
+
+def num_zero_point_bits(format: Format, num_zero_points: int) -> int:
+    """Bits that so many zero points take; none where the format is symmetric."""
+    if format.symmetric:
+        return 0
+    if has_float_zero(format):
+        return torch.finfo(FLOAT_ZERO_DTYPE).bits * num_zero_points
+    return num_code_bits(format, num_zero_points)
+
+
 def _table(entries: Iterable[Format]) -> Registry[Format]:
     table: Registry[Format] = Registry("format")
     for format in entries:
@@ -103,6 +117,7 @@ def _table(entries: Iterable[Format]) -> Registry[Format]:
 FORMATS: Registry[Format] = _table(
     [
         *(IntegerFormat(bits=b, symmetric=s) for b in range(MIN_BITS, MAX_BITS + 1) for s in (True, False)),
+        *(IntegerFormat(bits=b, symmetric=False, float_zero=True) for b in range(MIN_BITS, MAX_BITS + 1)),
         *MINIFLOATS,
         *TABLES,
         *(CodebookFormat(bits=bits) for bits in CODEBOOK_BITS),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import ShapeError, VerificationError
-from bitwright.numerics.formats import Format, LevelFormat
+from bitwright.numerics.formats import Format, LevelFormat, has_float_zero, num_zero_point_bits
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.scales import StoredScale
 from bitwright.numerics.table import TABLES, TableFormat
@@ -86,12 +86,13 @@ class Grid:
         in_features: I; needed since the last group may be ragged.
         scale: [R, G] (see `Granularity`), as it multiplies the codes; never 0; may be negative, which gives the extra
             code of a full symmetric range to the positive side.
-        zero_point: int32 of the same shape; None when the format is symmetric.
+        zero_point: of the same shape, int32, or float16 where the format has float zero points; None when it is
+            symmetric.
         stored: how the scale is stored where that is not as the float tensor `scale` itself (E8M0, two-level FP8,
             double quantization); `scale` holds its values.
     Raises:
-        ShapeError: scale or zero point do not fit the granularity.
-        VerificationError: a scale is 0 or not finite.
+        ShapeError: scale or zero point do not fit the granularity, or the zero point not the format.
+        VerificationError: a scale is 0 or not finite, or a zero point is not finite.
     """
 
     format: LevelFormat
@@ -119,6 +120,11 @@ class Grid:
             raise ShapeError(f"grid: zero point {list(self.zero_point.shape)}, scale {list(self.scale.shape)} differ.")
         if not bool(((self.scale != 0) & torch.isfinite(self.scale)).all()):
             raise VerificationError("grid: a scale is 0 or not finite; fit the grid again on a finite weight.")
+        if self.zero_point is not None:
+            if self.zero_point.is_floating_point() != has_float_zero(self.format):
+                raise ShapeError(f"grid: format {self.format.name} has no {self.zero_point.dtype} zero points.")
+            if not bool(torch.isfinite(self.zero_point).all()):
+                raise VerificationError("grid: a zero point is not finite; fit the grid again on a finite weight.")
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Return the codes [O, I] nearest to the weight [O, I].
@@ -220,11 +226,11 @@ class Grid:
 
     @property
     def num_metadata_bits(self) -> int:
-        """Bits that scales, zero points (each as many as a code) and a learned table (float32) take."""
+        """Bits that scales, zero points (floats, or as many bits as a code) and a learned table (float32) take."""
         plain = self.scale.numel() * torch.finfo(self.scale.dtype).bits
         bits = plain if self.stored is None else self.stored.num_bits
         if self.zero_point is not None:
-            bits += self.zero_point.numel() * round(self.format.bits)
+            bits += num_zero_point_bits(self.format, self.zero_point.numel())
         if isinstance(self.format, TableFormat) and self.format not in TABLES:
             bits += 32 * self.format.num_codes
         return bits

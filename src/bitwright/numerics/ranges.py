@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import RecipeError, ShapeError, VerificationError
-from bitwright.numerics.formats import LevelFormat
+from bitwright.numerics.formats import LevelFormat, has_float_zero
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
+from bitwright.numerics.integer import FLOAT_ZERO_DTYPE
 from bitwright.numerics.level_ranges import absmean, twn
 from bitwright.numerics.linalg import wide_dtype
 from bitwright.numerics.minifloat import MinifloatFormat
@@ -119,7 +120,8 @@ def fit_grid(
     # Allocated before the chunks: small results between freed chunks would fragment the heap, and memory would grow.
     shape = granularity.scale_shape(weight.shape[0], weight.shape[1])
     chosen = torch.empty(shape, dtype=bound.round(torch.ones(1, 1, device=weight.device)).dtype, device=weight.device)
-    zero_point = None if format.symmetric else torch.empty(shape, dtype=torch.int32, device=weight.device)
+    zero_dtype = FLOAT_ZERO_DTYPE if has_float_zero(format) else torch.int32
+    zero_point = None if format.symmetric else torch.empty(shape, dtype=zero_dtype, device=weight.device)
     for rows, samples in _samples(weight, granularity, root_importance):
         chosen_scale, chosen_zero = choose(samples, format, bound)
         _check_scale(chosen_scale, format)
@@ -173,7 +175,7 @@ def mse(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tenso
 
     Exhaustive over `SHRINK_FACTORS` (for floats `FLOAT_FACTORS`), so that a better objective or a superset of codes can
     never lose to a local minimum. With a full symmetric range both signs of the scale are tried; with a zero point, its
-    neighbours too.
+    neighbours too, and where it may be a float the integers as well.
 
     Reference:
         The importance matrix of llama.cpp and the weighted clip of AutoRound; ours searches both signs and measures the
@@ -204,7 +206,8 @@ def _cover(low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale) ->
     wide = wide_dtype(low.device)
     low, high = low.to(wide), high.to(wide)
     if not format.symmetric:
-        return _affine(low, high, format, bound)
+        scale, zero_point = _affine(low, high, format, bound)
+        return scale, _stored_zero(zero_point, format)
     upright = torch.maximum(_steps(high, format.max_value), _steps(-low, -format.min_value))
     if not bound.signed:
         return _rounded(upright, format, bound), None
@@ -248,8 +251,11 @@ def _candidates(
         for factor in factors:
             scale, zero_point = _affine(low * factor, high * factor, format, bound)
             # Shrinking both ends alike keeps the zero point; its neighbours clip one end more than the other.
-            for shift in (0, -1, 1):
-                yield scale, (zero_point + shift).clamp_(int(format.min_value), int(format.max_value))
+            shifted = [torch.round(zero_point) + shift for shift in (0, -1, 1)]
+            if has_float_zero(format):
+                shifted += [zero_point + shift for shift in (0.0, -0.5, 0.5)]
+            for each in shifted:
+                yield scale, _stored_zero(each, format)
         return
     reach = torch.maximum(high, -low) / _reach(format)
     signs = (1.0, -1.0) if bound.signed and format.min_value != -format.max_value else (1.0,)
@@ -259,9 +265,15 @@ def _candidates(
 
 
 def _affine(low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor]:
+    """Return the scale and the exact zero point at which `low` is the lowest level."""
     scale = bound.round((high - low) / (format.max_value - format.min_value))
-    zero_point = torch.round(format.min_value - low / scale.to(low.dtype))
-    return scale, zero_point.clamp_(format.min_value, format.max_value).to(torch.int32)
+    return scale, format.min_value - low / scale.to(low.dtype)
+
+
+def _stored_zero(zero_point: Tensor, format: LevelFormat) -> Tensor:
+    """Round zero points as the format stores them, inside the code range."""
+    inside = zero_point.clamp(format.min_value, format.max_value)
+    return inside.to(FLOAT_ZERO_DTYPE) if has_float_zero(format) else torch.round(inside).to(torch.int32)
 
 
 def _upper_quantile(samples: Samples, position: Tensor, sign: float) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitwright.errors import CheckpointError
 from bitwright.model.layouts.own import INPUT, decode_inputs, encode_inputs
-from bitwright.numerics.formats import FORMATS, Format, LevelFormat
+from bitwright.numerics.formats import FORMATS, Format, LevelFormat, has_float_zero
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.inputs import QuantizedSite
@@ -66,7 +66,8 @@ def layout_of(scheme: Scheme, in_features: int, dtype: torch.dtype) -> str | Non
     if ragged or weights.outliers or not _holds_inputs(acts, in_features):
         return None
     if isinstance(weights.format, IntegerFormat):
-        return _integer_layout(weights, acts) if weights.scale == MODEL_SCALE else None
+        holds = weights.scale == MODEL_SCALE and not has_float_zero(weights.format)
+        return _integer_layout(weights, acts) if holds else None
     if weights.format.name == "fp8-e4m3" and weights.scale == MODEL_SCALE:
         return FLOAT
     if weights.granularity.kind != "group" or size is None or dtype != torch.bfloat16:

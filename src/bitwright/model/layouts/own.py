@@ -4,12 +4,16 @@
     <module>.weight_codes             int32 [O, ceil(I bits / 32)], a bitstream per row; ternary: uint8 [O, ceil(I / 5)]
     <module>.weight_shape             int64 [2]
     <module>.weight_scale             as the scale format stores it, with its further tensors beside it
-    <module>.weight_zero_point        int32, packed like codes; asymmetric only
+    <module>.weight_zero_point        int32, packed like codes, or float16 [R, G]; asymmetric only
     <module>.weight_codebook          [R, G, K] floats; tables per row or group
     <module>.weight_table             float32 [K]; one table for the weight
     <module>.weight_outlier_*         weights kept as floats
     <module>.input_scale              float32 [1] or [G]; calibrated scales, with input_zero_point int32 if asymmetric
     <module>.input_global_scale       float32 [1]; the level above dynamic FP8 scales
+    <module>.transform_scale          float32 [I]; inputs are divided by it before anything else
+    <module>.transform_hadamard       int64 [1]; block size of the Hadamard rotation that inputs go through next
+    <module>.column_index, _weight    int32 [k], floats [O, k]; columns that stay floats
+    <module>.output_correction        float32 [O]; added to the output
 
 Stored codes count from 0: `min_code` is subtracted. The scheme, by name, is in the configuration.
 
@@ -31,10 +35,11 @@ from torch import Tensor
 from bitwright.errors import CheckpointError
 from bitwright.numerics.block_scales import BoundFp8Scale, FixedFp8Scale, Fp8Scale, MxInputScale
 from bitwright.numerics.codebook_grid import STORED_DTYPES, CodebookFormat, CodebookGrid, LearnedTableFormat
-from bitwright.numerics.formats import Format, LevelFormat
+from bitwright.numerics.formats import Format, LevelFormat, has_float_zero
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import AnyGrid, Grid
-from bitwright.numerics.inputs import InputQuantizer, QuantizedSite
+from bitwright.numerics.inputs import FloatColumns, InputQuantizer, InputTransform, QuantizedSite
+from bitwright.numerics.integer import FLOAT_ZERO_DTYPE
 from bitwright.numerics.learned_table import table_format
 from bitwright.numerics.minifloat import MinifloatFormat
 from bitwright.numerics.nested import NestedScale
@@ -66,7 +71,8 @@ def encode(site: QuantizedSite) -> dict[str, Tensor]:
     if weight.outliers is not None:
         parts |= {f"outlier_{name}": tensor for name, tensor in weight.outliers.tensors().items()}
     stored = {WEIGHT + name: tensor.contiguous() for name, tensor in parts.items()}
-    return stored | {INPUT + name: tensor.contiguous() for name, tensor in encode_inputs(site.inputs).items()}
+    stored |= {INPUT + name: tensor.contiguous() for name, tensor in encode_inputs(site.inputs).items()}
+    return stored | {name: tensor.contiguous() for name, tensor in _encode_extras(site).items()}
 
 
 def decode(scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantizedSite:
@@ -82,11 +88,20 @@ def decode(scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantizedSite:
     outlying = {name.removeprefix("outlier_"): t for name, t in parts.items() if name.startswith("outlier_")}
     outliers = SparseOutliers.from_tensors(outlying, (num_rows, in_features)) if outlying else None
     codes = unpack_codes(parts["codes"], grid.format, in_features)
-    weight = QTensor(codes=codes, grid=grid, outliers=outliers)
-    if scheme.activations is None:
-        return QuantizedSite(weight=weight)
-    given = {name.removeprefix(INPUT): tensor for name, tensor in stored.items() if name.startswith(INPUT)}
-    return QuantizedSite(weight=weight, inputs=decode_inputs(scheme.activations, given, in_features))
+    inputs: InputQuantizer | None = None
+    if scheme.activations is not None:
+        given = {name.removeprefix(INPUT): tensor for name, tensor in stored.items() if name.startswith(INPUT)}
+        inputs = decode_inputs(scheme.activations, given, in_features)
+    columns: FloatColumns | None = None
+    if "column_index" in stored:
+        columns = FloatColumns(index=stored["column_index"], weight=stored["column_weight"])
+    return QuantizedSite(
+        weight=QTensor(codes=codes, grid=grid, outliers=outliers),
+        inputs=inputs,
+        transform=_decode_transform(stored),
+        columns=columns,
+        correction=stored.get("output_correction"),
+    )
 
 
 def pack_codes(codes: Tensor, format: Format) -> Tensor:
@@ -128,6 +143,7 @@ def check_stored(module: str, scheme: Scheme, out_features: int, in_features: in
     expected = _expected(scheme, out_features, in_features)
     if scheme.weights.outliers:
         expected |= _expected_outliers(found, out_features)
+    expected |= _expected_extras(found, out_features, in_features)
     for name in sorted(expected.keys() ^ found.keys()):
         problem = "is missing" if name in expected else "is not part of it"
         raise CheckpointError(f"{module}.{name}: {problem}; the module is in {scheme}. Obtain the checkpoint again.")
@@ -156,7 +172,9 @@ def _expected(scheme: Scheme, num_rows: int, in_features: int) -> dict[str, _All
         expected |= {WEIGHT + name: entry for name, entry in _expected_scales(weights, rows, groups).items()}
     if isinstance(format, LearnedTableFormat):
         expected["weight_table"] = ((format.num_codes,), (torch.float32,))
-    if not format.symmetric:
+    if has_float_zero(format):
+        expected["weight_zero_point"] = ((rows, groups), (FLOAT_ZERO_DTYPE,))
+    elif not format.symmetric:
         expected["weight_zero_point"] = ((rows, num_words(groups, int(format.bits))), (torch.int32,))
     if scheme.activations is not None:
         inputs = _expected_inputs(scheme.activations, in_features)
@@ -198,6 +216,40 @@ def _expected_outliers(found: Mapping[str, Stored], num_rows: int) -> dict[str, 
         parts["row_start"] = ((num_rows + 1,), (torch.int32,))
         parts["column"] = (shape, (torch.uint16, torch.int32))
     return {f"weight_outlier_{name}": entry for name, entry in parts.items()}
+
+
+def _expected_extras(found: Mapping[str, Stored], num_rows: int, in_features: int) -> dict[str, _Allowed]:
+    """What a site may have, whatever its scheme, if there is anything of it."""
+    num_columns = found["column_index"][0] if "column_index" in found else (0,)
+    optional: dict[str, _Allowed] = {
+        "transform_scale": ((in_features,), (torch.float32,)),
+        "transform_hadamard": ((1,), (torch.int64,)),
+        "column_index": (num_columns, (torch.int32,)),
+        "column_weight": ((num_rows, *num_columns), STORED_DTYPES),
+        "output_correction": ((num_rows,), (torch.float32,)),
+    }
+    together = {"column_index", "column_weight"}
+    return {n: entry for n, entry in optional.items() if n in found or (n in together and together & found.keys())}
+
+
+def _encode_extras(site: QuantizedSite) -> dict[str, Tensor]:
+    extras: dict[str, Tensor] = {}
+    if site.transform is not None and site.transform.scale is not None:
+        extras["transform_scale"] = site.transform.scale.float()
+    if site.transform is not None and site.transform.hadamard is not None:
+        extras["transform_hadamard"] = torch.tensor([site.transform.hadamard])
+    if site.columns is not None:
+        extras |= {"column_index": site.columns.index, "column_weight": site.columns.weight}
+    if site.correction is not None:
+        extras["output_correction"] = site.correction.float()
+    return extras
+
+
+def _decode_transform(stored: Mapping[str, Tensor]) -> InputTransform | None:
+    scale, block = stored.get("transform_scale"), stored.get("transform_hadamard")
+    if scale is None and block is None:
+        return None
+    return InputTransform(scale=scale, hadamard=None if block is None else int(block))
 
 
 def decode_inputs(acts: ActivationScheme, given: Mapping[str, Tensor], in_features: int) -> InputQuantizer:
@@ -245,7 +297,8 @@ def _encode_grid(grid: AnyGrid) -> dict[str, Tensor]:
         levels = torch.arange(grid.format.num_codes, dtype=grid.format.code_dtype)
         parts["table"] = grid.format.decode(levels, None)
     if grid.zero_point is not None:
-        parts["zero_point"] = pack(grid.zero_point, int(grid.format.bits))
+        is_float = has_float_zero(grid.format)
+        parts["zero_point"] = grid.zero_point if is_float else pack(grid.zero_point, int(grid.format.bits))
     return parts
 
 
@@ -273,6 +326,6 @@ def _decode_grid(scheme: Scheme, parts: Mapping[str, Tensor], num_rows: int, in_
 def _decode_zero_point(
     format: Format, granularity: Granularity, parts: Mapping[str, Tensor], in_features: int
 ) -> Tensor | None:
-    if format.symmetric:
-        return None
+    if format.symmetric or has_float_zero(format):
+        return parts.get("zero_point")
     return unpack(parts["zero_point"], int(format.bits), granularity.num_groups(in_features)).to(torch.int32)

@@ -1,0 +1,91 @@
+"""Compositions: `awq+gptq+bias` names transforms, one solver and repairs; what does not go together is refused."""
+
+from bitwright.errors import RecipeError, UnknownName, did_you_mean
+from bitwright.methods.repairs import REPAIRS
+from bitwright.methods.solvers import SOLVERS
+from bitwright.methods.transforms import TRANSFORMS
+from bitwright.recipe import Plan, Recipe
+
+DEFAULT_SOLVER = "rtn"
+EXCLUDES = {
+    ("llm_int8", "rotation"): "a rotation spreads outlier channels over all, so that none is left to keep apart",
+    ("llm_int8", "hadamard"): "a rotation spreads outlier channels over all, so that none is left to keep apart",
+    ("llm_int8", "smoothquant"): "both treat the same outlier channels; choose one",
+    ("awq", "smoothquant"): "both scale the same edges, for different ends; choose one",
+}
+"""Transforms that undo each other, and why."""
+
+
+def compose(text: str) -> dict[str, object]:
+    """Return `transforms`, `method` and `repairs` of a recipe from a name such as `awq+gptq+bias`.
+
+    Without a solver the weights are rounded to nearest.
+
+    Raises:
+        UnknownName: a part that is neither transform, solver nor repair.
+        RecipeError: two solvers, parts out of order, or one given twice.
+    """
+    parts = text.split("+")
+    kinds = [_kind(part, text) for part in parts]
+    if kinds != sorted(kinds) or len(set(parts)) != len(parts):
+        raise RecipeError(f"method '{text}': name each part once, transforms first, then a solver, then repairs.")
+    by_kind = [[part for part, kind in zip(parts, kinds, strict=True) if kind == wanted] for wanted in range(3)]
+    if len(by_kind[1]) > 1:
+        raise RecipeError(f"method '{text}': {' and '.join(by_kind[1])} both choose codes. Name one.")
+    solver = by_kind[1][0] if by_kind[1] else DEFAULT_SOLVER
+    return {"transforms": by_kind[0], "method": solver, "repairs": by_kind[2]}
+
+
+def require_known(recipe: Recipe) -> None:
+    """Raises UnknownName for a transform, solver or repair that nobody registered."""
+    for names, registry in ((recipe.transforms, TRANSFORMS), (recipe.methods, SOLVERS), (recipe.repairs, REPAIRS)):
+        for name in names:
+            _ = registry[name]
+
+
+def check_composition(recipe: Recipe, plan: Plan) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        RecipeError: says which parts, at which site, and why.
+    """
+    transforms = [TRANSFORMS[name] for name in recipe.transforms]
+    for (first, second), reason in EXCLUDES.items():
+        if {first, second} <= set(recipe.transforms):
+            raise RecipeError(f"{first} and {second} do not go together: {reason}.")
+    for site, entry in plan.sites.items():
+        if entry.scheme is None or entry.method is None:
+            continue
+        solver = SOLVERS[entry.method]
+        if not solver.accepts(entry.scheme.weights.format):
+            raise RecipeError(f"{site}: method {entry.method} does not work on {entry.scheme}. {solver.hint}")
+        for name, transform in zip(recipe.transforms, transforms, strict=True):
+            reason = transform.refuses(site, entry, recipe)
+            if reason is not None:
+                raise RecipeError(f"{site}: {name} with {entry.scheme}: {reason}")
+
+
+def needs_text(recipe: Recipe, plan: Plan) -> str | None:
+    """Return the first part of a recipe that cannot work without calibration text; None if all can."""
+    for name in recipe.transforms:
+        if TRANSFORMS[name].needs_text:
+            return name
+    methods = sorted({entry.method for entry in plan.sites.values() if entry.method is not None})
+    needing = [method for method in methods if SOLVERS[method].needs]
+    return needing[0] if needing else next(iter(recipe.repairs), None)
+
+
+def needs_own_layout(recipe: Recipe) -> str | None:
+    """Return the first part of a recipe whose result only bitwright's own layout holds; None if there is none."""
+    for name in recipe.transforms:
+        if TRANSFORMS[name].needs_own_layout(recipe):
+            return name
+    return next((name for name in recipe.repairs if REPAIRS[name].needs_own_layout), None)
+
+
+def _kind(part: str, text: str) -> int:
+    for kind, registry in enumerate((TRANSFORMS, SOLVERS, REPAIRS)):
+        if part in registry:
+            return kind
+    known = [*TRANSFORMS.names, *SOLVERS.names, *REPAIRS.names]
+    raise UnknownName(f"unknown method '{part}'{f' in {text!r}' if part != text else ''}.{did_you_mean(part, known)}")

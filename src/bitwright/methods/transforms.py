@@ -1,0 +1,76 @@
+"""What a transform is, and the table of those that exist: changes of a model that leave its function as it is.
+
+Block transforms work on one block before it is quantized, on a `BlockStage`. Model transforms (rotations of the
+residual stream) work on the whole model beforehand: they write a model directory that takes the original's place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.methods.stage import BlockStage
+from bitwright.model.stream import StreamedModel
+from bitwright.progress import Progress
+from bitwright.recipe import Plan, Recipe, SitePlan
+from bitwright.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelTask:
+    """What a transform of the whole model is given.
+
+    Attributes:
+        model: the original.
+        plan: what is to become of each site.
+        recipe: the user's wishes.
+        calibration: [N, T] tokens; N = 0 without text.
+        out: directory to write, which does not exist; a killed run leaves none.
+        progress: called with (what, done, total).
+    """
+
+    model: StreamedModel
+    plan: Plan
+    recipe: Recipe
+    calibration: Tensor
+    out: Path
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelChange:
+    """What a transform of the whole model did.
+
+    Attributes:
+        frame: [D, D] orthogonal: hidden states of the new model are those of the original times it; None if equal.
+        notes: for the records.
+    """
+
+    frame: Tensor | None
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transform:
+    """Changes a model so that quantization hurts less.
+
+    Attributes:
+        apply: works on one block; leaves notes for the records.
+        apply_model: writes a whole model directory, before any block is quantized.
+        read_change: reads back what `apply_model` wrote into its directory, for a resumed run.
+        refuses: (site name, plan, recipe) -> why it makes no sense for a site, or None.
+        needs_own_layout: whether a recipe leads to results that only bitwright's own layout holds.
+        needs_text: whether a calibration text is required.
+    """
+
+    apply: Callable[[BlockStage], None] | None = None
+    apply_model: Callable[[ModelTask], ModelChange] | None = None
+    read_change: Callable[[Path], ModelChange] | None = None
+    refuses: Callable[[str, SitePlan, Recipe], str | None] = lambda _site, _plan, _recipe: None
+    needs_own_layout: Callable[[Recipe], bool] = lambda _: False
+    needs_text: bool = True
+
+
+TRANSFORMS: Registry[Transform] = Registry("transform")
