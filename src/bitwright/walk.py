@@ -149,14 +149,7 @@ class Walk:
         with self.model.block(index) as block:
             if self.original is self.model:
                 self._propagate(self.model, block, index, streams["reference"], following["reference"])
-            stage = self._stage(block, index, name, streams, following)
-            results: dict[Site, QuantizedSite] = {}
-            details: list[SiteResult] = []
-            moments: dict[str, Tensor] = {}
-            for site, result, detail in self._solve(stage, moments):
-                results[site] = result
-                self.model.run_on_codes(block, site, name, result)
-                details.append(detail)
+            stage, results, details, moments = self.quantize_block(block, index, streams, following)
             is_last = index + 1 == self.model.num_blocks
             for stream in ("gate",) if is_last else tuple({"gate", "calibration"} & streams.keys()):
                 self._propagate(self.model, block, index, streams[stream], following[stream])
@@ -168,6 +161,29 @@ class Walk:
             store.sync()
         self._write_details(stage, details, moments, following, time.perf_counter() - start)
         return following
+
+    def quantize_block(
+        self, block: nn.Module, index: int, streams: dict[str, Activations], following: dict[str, Activations]
+    ) -> tuple[BlockStage, dict[Site, QuantizedSite], list[SiteResult], dict[str, Tensor]]:
+        """Transform a block in memory and put codes in the place of its weights; nothing is written.
+
+        Args:
+            block: in memory; changed.
+            index: which.
+            streams: hidden states that enter it: `gate`, and `calibration` and `teacher` where methods need them.
+            following: `teacher` is filled.
+        Returns:
+            the stage, what became of each site and how, and E[x²] of the leader of each group.
+        """
+        stage = self._stage(block, index, self.model.block_names[index], streams, following)
+        results: dict[Site, QuantizedSite] = {}
+        details: list[SiteResult] = []
+        moments: dict[str, Tensor] = {}
+        for site, result, detail in self._solve(stage, moments):
+            results[site] = result
+            self.model.run_on_codes(block, site, stage.name, result)
+            details.append(detail)
+        return stage, results, details, moments
 
     def _stage(
         self,
