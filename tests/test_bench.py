@@ -204,6 +204,15 @@ def test_a_recipe_file_is_a_method(grid: Grid, texts: tuple[Path, Path], tmp_pat
         plan_cells(SCHEMES, (str(file), "careful"), {})
 
 
+def test_compositions_are_taken_apart(grid: Grid) -> None:
+    result = grid(schemes=SCHEMES[:1], methods=("rtn", "gptq+rtn"))
+    reasons = {record["method"]: record["reason"] for record in result.records[1:]}
+    assert reasons["rtn"] is None
+    assert "both choose codes" in reasons["gptq+rtn"]
+    with pytest.raises(UnknownName, match=r"unknown method 'gtpq' in 'gtpq\+rtn'"):
+        grid(methods=("rtn", "gtpq+rtn"))
+
+
 def test_a_folder_with_something_else_or_in_use_is_refused(grid: Grid, tmp_path: Path) -> None:
     (tmp_path / "grid").mkdir()
     (tmp_path / "grid" / "letters").touch()

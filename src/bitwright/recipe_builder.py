@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitwright.methods.composition import compose
 from bitwright.recipe import Recipe, load_recipe
 
 
@@ -14,14 +15,18 @@ def build_recipe(
 
     Args:
         file: a YAML recipe; None for the defaults.
-        given: options by their names in a recipe.
+        given: options by their names in a recipe; `method` may be a composition such as `awq+gptq+bias`, and replaces
+            the transforms and repairs of the file as well.
         calibration: likewise, of its `calibration`.
         ignore: patterns to add to those of the file.
     Raises:
-        RecipeError, UnknownName: the file or an option holds something that a recipe does not know.
+        RecipeError, UnknownName: the file or an option holds something that a recipe does not know, or a composition
+            does not go together.
     """
     mapping = (Recipe() if file is None else load_recipe(file)).to_mapping()
     mapping.update({key: value for key, value in given.items() if value is not None})
+    if given.get("method") is not None:
+        mapping.update(compose(given["method"]))
     mapping["calibration"].update({key: value for key, value in calibration.items() if value is not None})
     mapping["ignore"] = [*mapping["ignore"], *ignore]
     return Recipe.from_mapping(mapping, where="options")
