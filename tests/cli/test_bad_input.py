@@ -603,7 +603,11 @@ def test_interrupted(
     arguments = ["quantize", tiny_llama_dir, "--out", out, *rtn(text), "--quiet"]
     with monkeypatch.context() as interrupting:
         interrupting.setattr(ProgressBars, "__call__", stop)
-        assert cli(*arguments) == (130, "", "bitwright: interrupted; the same command resumes a quantize run\n")
+        assert cli(*arguments) == (
+            130,
+            "",
+            "bitwright: interrupted; the same command resumes a quantize run or a grid\n",
+        )
     assert json.loads((out / "run.json").read_text())["complete"] is False
     status, printed, err = cli(*arguments, "--json")
     assert (status, err) == (0, "")

@@ -17,7 +17,7 @@ from rich.console import Console
 from bitwright.cli.console import ProgressBars
 from bitwright.errors import BitwrightError
 
-INTERRUPTED = "interrupted; the same command resumes a quantize run"
+INTERRUPTED = "interrupted; the same command resumes a quantize run or a grid"
 INTERRUPTED_STATUS = 130
 CATALOGUE_WIDTH = 160
 _UsageError: Any = (

@@ -148,7 +148,9 @@ def _figure_axis(values: Sequence[float], name: str) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": title}}
     ratio = max(values) / min(values) if values else 1.0
     if always or ratio > 10:
-        axis.update(type="log", dtick=1 if ratio > 50 else "D2", exponentformat="SI")
+        axis.update(type="log", exponentformat="SI" if name.endswith("bytes") else "none")
+        if ratio > 10:
+            axis["dtick"] = 1 if ratio > 100 else "D2"
     return axis
 
 
