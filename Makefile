@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bitwright-setup
 
-.PHONY: setup demo test test-slow check docs bench
+.PHONY: setup demo test test-slow check docs bench bench-peers
 
 setup: $(STAMP)
 
@@ -36,3 +36,7 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/memory.py
+
+# Builds an environment for every peer under build/peers first: some 10 GB and, for llama.cpp, a compiler.
+bench-peers: setup
+	$(BIN)/python benchmarks/peers/run.py

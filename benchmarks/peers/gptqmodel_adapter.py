@@ -1,7 +1,7 @@
-"""GPTQModel: GPTQ, AWQ and RTN by `GPTQModel.quantize`. https://github.com/ModelCloud/GPTQModel
+"""GPTQModel: GPTQ and RTN by `GPTQModel.quantize`. https://github.com/ModelCloud/GPTQModel
 
-Configurations are its own defaults (symmetric GPTQ with group-aware activation order, AWQ in GEMM layout) but for bits
-and group; `-asym` sets `sym=False`. What is judged is what `save` stored, read back and decoded by its own layers.
+Configurations are its own defaults (symmetric, with group-aware activation order) but for bits and group; `-asym` sets
+`sym=False`. What is judged is what `save` stored, read back and decoded by its own layers.
 Quantizing on a CPU of two cores needs GPTQMODEL_CPU_WORKERS=2: its pool has one worker there, and its loader wants two.
 """
 
@@ -10,20 +10,21 @@ import os
 from common import Job, Quantized, decoded, decoder_linears, main, stored_tensors, tensor_bits
 
 BUDGETS = ("W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
-SUPPORTED = {"gptq": BUDGETS, "gptq-asym": BUDGETS, "awq": ("W4A16-g128", "W4A16-g32"), "rtn": BUDGETS}
+SUPPORTED = {"gptq": BUDGETS, "gptq-asym": BUDGETS, "rtn": BUDGETS}  # its AWQ needs CUDA
 
 
 def config(job: Job) -> object:
     """The configuration of a method."""
-    from gptqmodel.quantization.config import AWQConfig, GPTQConfig, RTNConfig
+    from gptqmodel.quantization.config import GPTQConfig, RTNConfig
 
-    kinds = {"gptq": GPTQConfig, "gptq-asym": GPTQConfig, "awq": AWQConfig, "rtn": RTNConfig}
+    kind = RTNConfig if job.method == "rtn" else GPTQConfig
     other = {"sym": False} if job.method.endswith("-asym") else {}
-    return kinds[job.method](bits=job.scheme.weight_bits, group_size=job.scheme.group, offload_to_disk=False, **other)
+    return kind(bits=job.scheme.weight_bits, group_size=job.scheme.group, offload_to_disk=False, **other)
 
 
 def quantize(job: Job) -> Quantized:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    import torch
     from gptqmodel import BACKEND, GPTQModel
 
     asked = config(job)
@@ -39,6 +40,7 @@ def quantize(job: Job) -> Quantized:
     weights = {}
     for name in names:
         layer = modules[name]
+        layer.scales, layer.dequant_dtype = layer.scales.float(), torch.float32
         weights.update([decoded(name, layer.dequantize_weight().T)])
     bits = sum(
         tensor_bits(value)

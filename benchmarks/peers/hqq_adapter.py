@@ -2,10 +2,10 @@
 
 `hqq` is `BaseQuantizeConfig` as it is (groups along the inputs, 4-bit zero points rounded); `hqq-axis0` groups along
 the outputs, which HQQ's authors call the better quality without fast kernels. Scales and zero points are float16, the
-default of `HQQLinear`, and 3-bit codes are ten to 32 bits.
+default of `HQQLinear`, and 3-bit codes are ten to 32 bits. Where rows are not whole groups, its groups cross rows.
 """
 
-from common import Job, PeerError, Quantized, decoded, decoder_linears, main, tensor_bits
+from common import Job, Quantized, decoded, decoder_linears, main, tensor_bits
 
 BUDGETS = ("W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
 SUPPORTED = {"hqq": BUDGETS, "hqq-axis0": BUDGETS}
@@ -17,9 +17,6 @@ def quantize(job: Job) -> Quantized:
 
     axis = 0 if job.method == "hqq-axis0" else 1
     linears = decoder_linears(job.load())
-    for name, linear in linears.items():
-        if axis == 1 and linear.in_features % job.scheme.group:
-            raise PeerError(f"{name}: {linear.in_features} inputs are not whole groups of {job.scheme.group}.")
     config = BaseQuantizeConfig(nbits=job.scheme.weight_bits, group_size=job.scheme.group, axis=axis)
     with job.clock:
         layers = {

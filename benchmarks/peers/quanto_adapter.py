@@ -26,8 +26,12 @@ def quantize(job: Job) -> Quantized:
         groups.add(getattr(made, "_group_size", None))
         if hasattr(made, "_scale_shift"):  # scales and shifts as the kernel of 4-bit weights in bfloat16 has them
             bits += job.scheme.weight_bits * made.numel() + tensor_bits(made._scale_shift)
+            made._scale_shift = made._scale_shift.float()
         else:
             bits += tensor_bits(getattr(made._data, "_data", made._data), made._scale, getattr(made, "_shift", None))
+            made._scale = made._scale.float()
+            if hasattr(made, "_shift"):
+                made._shift = made._shift.float()
         weights.update([decoded(name, made.dequantize())])
     if groups != {job.scheme.group}:
         raise PeerError(f"quanto chose groups of {sorted(groups, key=str)} instead of {job.scheme.group}.")

@@ -1,8 +1,12 @@
-"""torchao: `quantize_` with its configurations, no data. https://github.com/pytorch/ao
+"""torchao: `quantize_` with its configurations. https://github.com/pytorch/ao
 
 `rtn` is `IntxWeightOnlyConfig` (symmetric unless `-asym`), `hqq` the same with its algorithm "hqq_scale_only", and W8A8
 is `Int8DynamicActivationInt8WeightConfig`. Codes below 8 bits lie one to a byte in these tensors, which were made for
 export to kernels that pack them; they are counted as packed. Scales are in the model's dtype.
+
+`awq` is its prototype on `PrototypeInt4WeightOnlyConfig`, whose 4-bit tensors are the only ones on a CPU that it takes.
+It keeps a scale for every input of every Linear and multiplies by it when the model runs, where others fold it into the
+layer before; here it is folded into the decoded weights, and counted.
 """
 
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 from common import PER_TOKEN_INT8, Job, PeerError, Quantized, decoded, decoder_linears, main, tensor_bits
 
 BUDGETS = ("W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
-SUPPORTED = {"rtn": (*BUDGETS, "W8A8"), "rtn-asym": BUDGETS, "hqq": BUDGETS}
+SUPPORTED = {"rtn": (*BUDGETS, "W8A8"), "rtn-asym": BUDGETS, "hqq": BUDGETS, "awq": BUDGETS[:2]}
 
 
 def config(job: Job) -> Any:
@@ -35,6 +39,8 @@ def quantize(job: Job) -> Quantized:
 
     model = job.load()
     names = set(decoder_linears(model))
+    if job.method == "awq":
+        return awq(job, model, names)
     asked = config(job)
     with job.clock:
         quantize_(model, asked, filter_fn=lambda _, name: name in names)
@@ -53,6 +59,49 @@ def quantize(job: Job) -> Quantized:
             bits += job.scheme.weight_bits * zero.numel()
     inputs = PER_TOKEN_INT8 if job.scheme.input_bits == 8 else None
     return Quantized(weights=weights, bits=bits, inputs=inputs, settings={"config": repr(asked)})
+
+
+def awq(job: Job, model: Any, names: set[str]) -> Quantized:
+    """Quantize with the AWQ prototype: prepare, run the calibration windows, convert."""
+    import torch
+    from torchao.prototype.awq import AWQConfig
+    from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+
+    base = PrototypeInt4WeightOnlyConfig(group_size=job.scheme.group)
+    with job.clock:
+        quantize_(model, AWQConfig(base, step="prepare"), filter_fn=lambda _, name: name in names)
+        with torch.no_grad():
+            for window in job.tokens:
+                model(input_ids=window[None])
+        quantize_(model, AWQConfig(base, step="convert"), filter_fn=lambda _, name: name in names)
+    weights, bits = {}, 0
+    for name in names:
+        made = model.get_submodule(name).weight
+        if not hasattr(made, "scale_and_zero"):
+            raise PeerError(f"{name}: left as it was.")
+        weights.update([decoded(name, decode_packed(made))])
+        bits += job.scheme.weight_bits * made.numel() + tensor_bits(made.scale_and_zero, made.act_pre_scale)
+    return Quantized(weights=weights, bits=bits, settings={"config": repr(base)})
+
+
+def decode_packed(made: Any) -> Any:
+    """The weight of a packed 4-bit tensor times its inputs' scales, in float32.
+
+    The packing is the kernel's own, so codes are read off the kernel's product with the identity, rounded to where its
+    scales and zeros say that they are.
+    """
+    import torch
+
+    num_rows, num_columns = made.shape
+    before, made.act_pre_scale = made.act_pre_scale.float(), None
+    seen = torch.nn.functional.linear(torch.eye(num_columns, dtype=made.dtype), made).T.float()
+    made.act_pre_scale = before.to(made.dtype)
+    scale, zero = (made.scale_and_zero[..., part].T.float()[..., None] for part in (0, 1))
+    codes = torch.round((seen.reshape(num_rows, scale.shape[1], -1) - zero) / scale) + 8
+    if codes.min() < 0 or codes.max() > 15:
+        raise PeerError(f"codes from {codes.min():g} to {codes.max():g} are not 4 bits.")
+    return ((codes - 8) * scale + zero).reshape(num_rows, num_columns) * before
 
 
 if __name__ == "__main__":
