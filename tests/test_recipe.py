@@ -13,10 +13,10 @@ from bitwright.errors import BitwrightError, RecipeError, ShapeError
 from bitwright.numerics.formats import FORMATS
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.ranges import RANGE_METHODS
+from bitwright.options import GptqOptions
 from bitwright.recipe import (
     LEVEL_METHODS,
     Calibration,
-    GptqOptions,
     Plan,
     RangeMethod,
     Recipe,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitwright.calibration.collect import SiteStats
-from bitwright.methods.solvers import SOLVERS
+from bitwright.methods.solvers import SOLVERS, Problem
 from bitwright.numerics.codebook_grid import CodebookGrid
 from bitwright.numerics.fitting import fit
 from bitwright.numerics.formats import FORMATS
@@ -17,7 +17,8 @@ from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale
-from bitwright.recipe import GptqOptions
+from bitwright.options import GptqOptions
+from bitwright.recipe import Recipe
 
 NUM_ROWS, NUM_COLUMNS, NUM_TOKENS = 9, 29, 120
 ZERO_ROW = 3  # a row with nothing in it
@@ -32,13 +33,15 @@ OPTIONS = [GptqOptions(), GptqOptions(act_order=False, block=5)]
 # Scales that are not floats, beside those of every format above.
 QUANTIZED_SCALES = [("fp4-e2m1", "e4m3"), ("fp4-e2m1", "e8m0"), ("int8", "e8m0-int8"), ("nf4", "e8m0")]
 
-# Every method with every format it accepts, as (method, format, name of the scales).
+# Solvers of single weights; those of whole blocks need a block, and have tests of their own.
+SINGLE = [method for method in SOLVERS if SOLVERS[method].solve is not None]
+# Every one with every format it accepts, as (method, format, name of the scales).
 CASES = [
-    *((method, name, "float32") for method in SOLVERS for name in FORMATS if SOLVERS[method].accepts(FORMATS[name])),
-    *((method, *case) for method in SOLVERS for case in QUANTIZED_SCALES if SOLVERS[method].accepts(FORMATS[case[0]])),
+    *((method, name, "float32") for method in SINGLE for name in FORMATS if SOLVERS[method].accepts(FORMATS[name])),
+    *((method, *case) for method in SINGLE for case in QUANTIZED_SCALES if SOLVERS[method].accepts(FORMATS[case[0]])),
 ]
 EVERY_CASE = pytest.mark.parametrize(("method", "name", "scale"), CASES)
-EVERY_METHOD = pytest.mark.parametrize("method", list(SOLVERS))
+EVERY_METHOD = pytest.mark.parametrize("method", SINGLE)
 EVERY_GRANULARITY = pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: f"{g.kind}{g.group_size or ''}")
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS, ids=["default", "storage-order"])
 
@@ -83,7 +86,9 @@ def solve(method: str, weight: Tensor, grid: AnyGrid, stats: SiteStats, options:
     def refit(current: Tensor, first: int, end: int) -> AnyGrid:
         return grid.columns(first, end)  # the same grid again, so that results are on the given one
 
-    return SOLVERS[method].solve(weight, grid, stats, options, refit)
+    solver = SOLVERS[method].solve
+    assert solver is not None
+    return solver(weight, grid, Problem(stats=stats, recipe=Recipe(gptq=options), refit=refit))
 
 
 @EVERY_CASE
@@ -176,7 +181,7 @@ def test_stored_metadata_keeps_its_dtype(method: str, dtype: torch.dtype) -> Non
     assert tensors_of(result.grid)[0].dtype == dtype
 
 
-@pytest.mark.parametrize("method", [method for method in SOLVERS if SOLVERS[method].accepts(FORMATS["uint4"])])
+@pytest.mark.parametrize("method", [method for method in SINGLE if SOLVERS[method].accepts(FORMATS["uint4"])])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stored_scales_are_the_ones_that_codes_were_chosen_on(method: str, dtype: torch.dtype) -> None:
     weight, stats = weight_of(), stats_of(correlated())
@@ -187,10 +192,10 @@ def test_stored_scales_are_the_ones_that_codes_were_chosen_on(method: str, dtype
     assert torch.equal(solve(method, weight, same, stats, OPTIONS[0]).codes, result.codes)
 
 
-def test_only_solvers_without_hessian_do_without_text() -> None:
-    """`needs_hessian` is what preparation goes by: a solver that says no must work on empty statistics."""
+def test_only_solvers_without_needs_do_without_text() -> None:
+    """`needs` is what preparation goes by: a solver that names none must work on empty statistics."""
     weight = weight_of()
-    free = [method for method in SOLVERS if not SOLVERS[method].needs_hessian]
+    free = [method for method in SINGLE if not SOLVERS[method].needs]
     assert "rtn" in free
     for method in free:
         for solver, name, scale in CASES:
@@ -202,5 +207,5 @@ def test_only_solvers_without_hessian_do_without_text() -> None:
 
 def test_every_format_has_a_solver_with_and_without_text() -> None:
     for name in FORMATS:
-        needs = {SOLVERS[method].needs_hessian for method in SOLVERS if SOLVERS[method].accepts(FORMATS[name])}
+        needs = {bool(SOLVERS[method].needs) for method in SINGLE if SOLVERS[method].accepts(FORMATS[name])}
         assert needs == {True, False}
