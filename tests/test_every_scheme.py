@@ -20,9 +20,9 @@ SCHEMES = (
 MORE_SCHEMES = (
     "W7A16", "W6A16", "W5A16", "W4A16-g32", "W4A16-tensor", "W4A16-block32",
     *(f"W8A8-static-{name}" for name in ("minmax", "average", "percentile", "mse")), "W8A8-acttensor",
-    "W8A8-static-actasym", "W8A8-static-actg64", "W4A8-asym", "W4A4-actg64", "fp8-static", "fp8-block128",
-    "fp8-tensor-a16", "fp4-bnb-dq", "lut4-g64-dq", "kmeans4-channel-o0.45", "kmeans3-tensor", "ternary-channel",
-    "binary-tensor", "mxfp4-a16",
+    "W8A8-static-actasym", "W8A8-static-actg64", "W4A8-asym", "W4A16-g64-floatzero", "W4A4-actg64", "fp8-static",
+    "fp8-block128", "fp8-tensor-a16", "fp4-bnb-dq", "lut4-g64-dq", "kmeans4-channel-o0.45", "kmeans3-tensor",
+    "ternary-channel", "binary-tensor", "mxfp4-a16",
 )  # fmt: skip
 
 

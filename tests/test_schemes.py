@@ -26,8 +26,8 @@ FREE_ACTIVATIONS = tuple(
 
 
 EVERY_OPTION = (
-    "channel", "tensor", "g64", "block32", "sym", "asym", "dq", "o0.45", "a16", "static", "dynamic", *OBSERVER_NAMES,
-    "token", "acttensor", "actg64", "actsym", "actasym",
+    "channel", "tensor", "g64", "block32", "sym", "asym", "floatzero", "dq", "o0.45", "a16", "static", "dynamic",
+    *OBSERVER_NAMES, "token", "acttensor", "actg64", "actsym", "actasym",
 )  # fmt: skip
 
 
@@ -132,6 +132,8 @@ def test_every_base_takes_every_weight_granularity(option: str, granularity: Gra
 def test_symmetry_dq_and_outliers() -> None:
     asymmetric = parse("W4A16-asym").weights.format
     assert asymmetric == IntegerFormat(bits=4, symmetric=False)
+    floating = parse("W4A16-floatzero").weights.format
+    assert floating == IntegerFormat(bits=4, symmetric=False, float_zero=True)
     assert parse("W4A16-sym") == parse("W4A16")
     assert parse("nf4-dq").weights.scale == parse("lut4-dq").weights.scale == "nested"
     assert parse("kmeans4-o0.45").weights.outliers == 0.0045
@@ -171,7 +173,7 @@ def names(draw: st.DrawFn) -> str:
         options = [draw(st.sampled_from([f"block{draw(sizes)}", f"block{draw(sizes)}x{draw(sizes)}"]))]
     format = scheme.weights.format
     if isinstance(format, IntegerFormat) and scheme.weights.scale == MODEL_SCALE:
-        options.append(draw(st.sampled_from(["", "sym", "asym"])))
+        options.append(draw(st.sampled_from(["", "sym", "asym", "floatzero"])))
     elif format.name.startswith("kmeans"):
         hundredths = draw(st.integers(0, 500))
         options.append(f"o{hundredths / 100:.2f}" if hundredths else "")
@@ -205,6 +207,7 @@ def test_a_canonical_name_reads_back_to_the_same_scheme(name: str) -> None:
     [
         ("W4A16", "W4A16-g128"),
         ("W8A8-asym-g32", "W8A8-g32-asym"),
+        ("W3A16-floatzero-b64", "W3A16-g64-floatzero"),
         ("nf4-dq-b64", "nf4-g64-dq"),
         ("mxfp4", "mxfp4-g32"),
         ("nvfp4-a16", "nvfp4-g16-a16"),
@@ -258,6 +261,9 @@ def test_common_names_are_read_and_distinct() -> None:
         ("W4A16-g64-channel", "two options say the granularity."),
         ("W4A16-g64-block64", "two options say the granularity."),
         ("W4A16-sym-asym", "two options say the symmetry."),
+        ("W4A16-asym-floatzero", "two options say the symmetry."),
+        ("nf4-floatzero", "only integers have a zero point; nf4 is symmetric as it is."),
+        ("W4A16-floatzero-dq", "dq needs float scales and no zero point."),
         ("nf4-dq-dq", "two options say the dq."),
         ("kmeans4-o1-o2", "two options say the outliers."),
         ("fp8-a16-a16", "two options say the activations."),
@@ -350,8 +356,9 @@ def quantized(scheme: Scheme, weight: torch.Tensor) -> QTensor:
 
 
 SIZED = (
-    *FAMILIES, "W4A16", "W3A16-asym", "W8A16-tensor", "W2A16-g32-asym", "W5A16-block16x32", "nf4-dq", "nf3-g8-dq",
-    "fp4-bnb-channel-dq", "lut4-g8-dq", "lut3-tensor", "kmeans3-g32", "kmeans4-tensor", "fp8-block32", "ternary-tensor",
+    *FAMILIES, "W4A16", "W3A16-asym", "W8A16-tensor", "W2A16-g32-asym", "W4A16-g64-floatzero", "W5A16-block16x32",
+    "nf4-dq", "nf3-g8-dq", "fp4-bnb-channel-dq", "lut4-g8-dq", "lut3-tensor", "kmeans3-g32", "kmeans4-tensor",
+    "fp8-block32", "ternary-tensor",
 )  # fmt: skip
 
 

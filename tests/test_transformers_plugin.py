@@ -40,7 +40,7 @@ PROJECTIONS = (
 SIZES = {"hidden_size": 48, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2}
 OTHERS = (
     "W8A8-static-minmax-actasym", "W8A8-static-mse-actg32", "W4A4-channel", "W3A16-channel-asym", "W4A16-block32",
-    "nf4-b64-dq", "kmeans4-channel-o0.45", "kmeans2-g32-o5", "fp8-tensor-static",
+    "W4A16-g8-floatzero", "nf4-b64-dq", "kmeans4-channel-o0.45", "kmeans2-g32-o5", "fp8-tensor-static",
 )  # fmt: skip
 IDS = torch.arange(2 * 24).view(2, 24) * 5 % 256
 Build = Callable[..., Path]

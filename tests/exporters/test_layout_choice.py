@@ -45,9 +45,10 @@ BFLOAT16_ONLY = {
     "nvfp4-a16": "nvfp4-pack-quantized",
 }
 NOT_HELD = (
-    "W4A8-g32-asym", "W4A4-asym-channel", "W7A8-asym-channel", "W4A16-block32", "W8A16-block32", "W8A8-static-actg32",
-    "fp8-static-actg32", "fp8-e5m2", "fp8-e5m2-a16", "fp4-e2m1", "fp6-e2m3", "fp6-e3m2", "mxint8",
-    "mxint8-a16", "mxfp4-g64", "nvfp4-g32-a16", "nf4", "nf4-b64-dq", "lut4", "kmeans4", "ternary", "binary",
+    "W4A8-g32-asym", "W4A16-g32-floatzero", "W8A8-floatzero", "W4A4-asym-channel", "W7A8-asym-channel",
+    "W4A16-block32", "W8A16-block32", "W8A8-static-actg32", "fp8-static-actg32", "fp8-e5m2", "fp8-e5m2-a16",
+    "fp4-e2m1", "fp6-e2m3", "fp6-e3m2", "mxint8", "mxint8-a16", "mxfp4-g64", "nvfp4-g32-a16", "nf4", "nf4-b64-dq",
+    "lut4", "kmeans4", "ternary", "binary",
 )  # fmt: skip
 
 

@@ -25,9 +25,10 @@ from bitwright.numerics.scales import FloatScale
 from bitwright.schemes import FAMILIES, MODEL_SCALE, ActivationScheme, Scheme
 
 OTHERS = (
-    "W4A16-g32", "W3A16-g7-asym", "W4A16-tensor-asym", "W5A16-block8x16-asym", "W8A8", "W8A8-static-minmax-actasym",
-    "W8A8-static-minmax-actg32", "W4A4-g16", "fp8-block16x8", "nf4-b64-dq", "lut3-g16-dq", "kmeans4-g16-o0.45",
-    "kmeans2-g32-o5", "kmeans3-tensor", "ternary-channel", "binary-tensor", "nvfp4-a16", "mxfp4-a16",
+    "W4A16-g32", "W3A16-g7-asym", "W4A16-tensor-asym", "W4A16-g16-floatzero", "W8A8-floatzero",
+    "W5A16-block8x16-asym", "W8A8", "W8A8-static-minmax-actasym", "W8A8-static-minmax-actg32", "W4A4-g16",
+    "fp8-block16x8", "nf4-b64-dq", "lut3-g16-dq", "kmeans4-g16-o0.45", "kmeans2-g32-o5", "kmeans3-tensor",
+    "ternary-channel", "binary-tensor", "nvfp4-a16", "mxfp4-a16",
 )  # fmt: skip
 SCHEMES = (*FAMILIES, *OTHERS)
 WEIGHT_ONLY = [name for name in SCHEMES if Scheme.parse(name).activations is None]

@@ -9,7 +9,14 @@ import torch
 
 from bitwright.errors import RecipeError, UnknownName
 from bitwright.numerics.codebook_grid import CodebookFormat
-from bitwright.numerics.formats import FORMATS, Format, LevelFormat, num_code_bits
+from bitwright.numerics.formats import (
+    FORMATS,
+    Format,
+    LevelFormat,
+    has_float_zero,
+    num_code_bits,
+    num_zero_point_bits,
+)
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.packing import pack, unpack
@@ -36,6 +43,8 @@ KINDS = [
 def zero_points(format: LevelFormat) -> list[torch.Tensor | None]:
     if format.symmetric:
         return [None]
+    if has_float_zero(format):  # also outside the range; exact in float32
+        return [torch.tensor(z) for z in (0.25, format.max_value / 2 + 0.125, format.max_value + 1.5, -2.75)]
     return [torch.tensor(float(z)) for z in {format.min_value, format.max_value // 2, format.max_value}]
 
 
@@ -54,7 +63,8 @@ def has_zero(format: LevelFormat) -> bool:
 
 def test_which_formats_have_no_zero() -> None:
     without = {format.name for format in LEVEL_FORMATS if not has_zero(format)}
-    assert without == {"binary", *(name for name in FORMATS if name.startswith("lloyd"))}
+    named = {name for name in FORMATS if name.startswith("lloyd") or name.endswith("-floatzero")}
+    assert without == {"binary", *named}
 
 
 @EVERY_LEVEL_FORMAT
@@ -151,7 +161,9 @@ def test_every_method_and_granularity_gives_a_finite_idempotent_result(
         # The group of zeros has the smallest scale there is.
         reach = max(-format.min_value, format.max_value) * MIN_SCALE[torch.float16]
         assert float(values[2:4].abs().max()) <= reach
-    bits = num_code_bits(format, 5 * 37) + grid.scale.numel() * (16 + (0 if format.symmetric else int(format.bits)))
+    zero_bits = 0 if format.symmetric else 16 if has_float_zero(format) else int(format.bits)
+    assert num_zero_point_bits(format, 7) == 7 * zero_bits
+    bits = num_code_bits(format, 5 * 37) + grid.scale.numel() * (16 + zero_bits)
     assert result.num_bits_total == bits
 
 
@@ -167,12 +179,16 @@ def test_integer_ranges(bits: int) -> None:
     full = IntegerFormat(bits=bits, symmetric=True)
     restricted = IntegerFormat(bits=bits, symmetric=True, full_range=False)
     affine = IntegerFormat(bits=bits, symmetric=False)
+    floating = IntegerFormat(bits=bits, symmetric=False, float_zero=True)
     half = 2 ** (bits - 1)
     assert (full.qmin, full.qmax, full.num_codes, full.name) == (-half, half - 1, 2**bits, f"int{bits}")
     assert (restricted.qmin, restricted.qmax, restricted.num_codes) == (1 - half, half - 1, 2**bits - 1)
     assert (affine.qmin, affine.qmax, affine.num_codes, affine.name) == (0, 2**bits - 1, 2**bits, f"uint{bits}")
     assert FORMATS[full.name] == full
     assert FORMATS[affine.name] == affine
+    assert (floating.qmin, floating.qmax, floating.num_codes) == (affine.qmin, affine.qmax, affine.num_codes)
+    assert floating.name == f"uint{bits}-floatzero"
+    assert FORMATS[floating.name] == floating
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
@@ -184,6 +200,18 @@ def test_bits_out_of_range(bits: int) -> None:
 def test_asymmetric_has_no_restricted_range() -> None:
     with pytest.raises(RecipeError, match="asymmetric always uses every code"):
         IntegerFormat(bits=4, symmetric=False, full_range=False)
+
+
+def test_symmetric_has_no_float_zero() -> None:
+    with pytest.raises(RecipeError, match="symmetric has no zero point"):
+        IntegerFormat(bits=4, symmetric=True, float_zero=True)
+
+
+def test_a_float_zero_point_shifts_every_level_by_a_fraction() -> None:
+    format = IntegerFormat(bits=2, symmetric=False, float_zero=True)
+    zero_point = torch.tensor(1.25)
+    assert format.decode(torch.arange(4), zero_point).tolist() == [-1.25, -0.25, 0.75, 1.75]
+    assert format.encode(torch.tensor([-0.76, -0.74, 0.24, 0.26, 9.0]), zero_point).tolist() == [0, 1, 1, 2, 3]
 
 
 def test_unknown_format_is_suggested() -> None:

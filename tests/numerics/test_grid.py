@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bitwright.errors import ShapeError, VerificationError
 from bitwright.numerics.codebook_grid import CodebookFormat
-from bitwright.numerics.formats import FORMATS, LevelFormat
+from bitwright.numerics.formats import FORMATS, LevelFormat, has_float_zero
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.integer import IntegerFormat
@@ -20,7 +20,12 @@ from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.numerics.table import NF4, TableFormat
 
-FAMILIES = [{"symmetric": True}, {"symmetric": True, "full_range": False}, {"symmetric": False}]
+FAMILIES = [
+    {"symmetric": True},
+    {"symmetric": True, "full_range": False},
+    {"symmetric": False},
+    {"symmetric": False, "float_zero": True},
+]
 INTEGERS = [IntegerFormat(bits=bits, **family) for bits in range(2, 9) for family in FAMILIES]
 EVERY_INTEGER = pytest.mark.parametrize("format", INTEGERS, ids=lambda f: f.name)
 LEVELS = {name: cast(LevelFormat, FORMATS[name]) for name in FORMATS if not isinstance(FORMATS[name], CodebookFormat)}
@@ -43,9 +48,10 @@ EVERY_KIND = pytest.mark.parametrize(
 
 
 def grid_of(
-    scale: torch.Tensor, format: LevelFormat, granularity: Granularity, in_features: int, zero: int = 0
+    scale: torch.Tensor, format: LevelFormat, granularity: Granularity, in_features: int, zero: float = 0
 ) -> Grid:
-    zero_point = None if format.symmetric else torch.full(scale.shape, zero, dtype=torch.int32)
+    dtype = torch.float16 if has_float_zero(format) else torch.int32
+    zero_point = None if format.symmetric else torch.full(scale.shape, zero).to(dtype)
     return Grid(format=format, granularity=granularity, in_features=in_features, scale=scale, zero_point=zero_point)
 
 
@@ -79,17 +85,19 @@ def test_error_is_at_most_half_a_step_inside_the_range(format: IntegerFormat, gr
     scale=st.floats(2.0**-120, 2.0**100, width=32),
     negative=st.booleans(),
     zero=st.integers(0, 255),
+    fraction=st.floats(-300, 300, width=16),
 )
 def test_quantize_undoes_dequantize_for_every_code(
-    format: IntegerFormat, scale: float, negative: bool, zero: int
+    format: IntegerFormat, scale: float, negative: bool, zero: int, fraction: float
 ) -> None:
     codes = torch.arange(format.qmin, format.qmax + 1).to(format.code_dtype).unsqueeze(0)
     scale_tensor = torch.tensor([[-scale if negative else scale]])
-    grid = grid_of(scale_tensor, format, PER_CHANNEL, codes.shape[1], zero % (format.qmax + 1))
+    inside = fraction if format.float_zero else zero % (format.qmax + 1)
+    grid = grid_of(scale_tensor, format, PER_CHANNEL, codes.shape[1], inside)
     assert torch.equal(grid.quantize(grid.dequantize(codes)), codes)
 
 
-@EVERY_INTEGER
+@pytest.mark.parametrize("format", [each for each in INTEGERS if not each.float_zero], ids=lambda f: f.name)
 def test_zero_is_exact(format: IntegerFormat) -> None:
     weight = normal(4, 16).abs() + 1
     weight[:, 3] = 0
@@ -201,6 +209,7 @@ def test_fake_quantize_keeps_the_dtype() -> None:
     [
         (by_group(32), "int4", "float16", 4 + 16 / 32),
         (by_group(32), "uint4", "float16", 4 + (16 + 4) / 32),
+        (by_group(32), "uint4-floatzero", "float16", 4 + (16 + 16) / 32),
         (by_group(32), "uint3", "float32", 3 + (32 + 3) / 32),
         (PER_CHANNEL, "int8", "bfloat16", 8 + 16 / 96),
         (PER_TENSOR, "uint2", "float32", 2 + (32 + 2) / (4 * 96)),
@@ -281,6 +290,27 @@ def test_weights_far_outside_saturate(format: LevelFormat) -> None:
 def test_a_scale_that_cannot_divide_is_refused(value: float) -> None:
     with pytest.raises(VerificationError, match="a scale is 0 or not finite"):
         grid_of(torch.tensor([[1.0], [value]]), LEVELS["int4"], PER_CHANNEL, 8)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_zero_point_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(VerificationError, match="a zero point is not finite"):
+        grid_of(torch.ones(2, 1), LEVELS["uint4-floatzero"], PER_CHANNEL, 8, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("uint4", torch.float16),
+        ("uint4", torch.float32),
+        ("uint4-floatzero", torch.int32),
+        ("uint4-floatzero", torch.float32),
+    ],
+)
+def test_zero_points_of_the_other_kind_are_refused(name: str, dtype: torch.dtype) -> None:
+    zero_point = torch.zeros(2, 1, dtype=dtype)
+    with pytest.raises(ShapeError, match=f"format {name} has no {dtype} zero points"):
+        Grid(format=LEVELS[name], granularity=PER_CHANNEL, in_features=8, scale=torch.ones(2, 1), zero_point=zero_point)
 
 
 def test_scales_that_do_not_fit_are_refused() -> None:

@@ -14,7 +14,12 @@ from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.ranges import SHRINK_FACTORS, fit_grid, percentile
 from bitwright.numerics.scales import MIN_SCALE, FloatScale
 
-FAMILIES = [{"symmetric": True}, {"symmetric": True, "full_range": False}, {"symmetric": False}]
+FAMILIES = [
+    {"symmetric": True},
+    {"symmetric": True, "full_range": False},
+    {"symmetric": False},
+    {"symmetric": False, "float_zero": True},
+]
 INTEGERS = [IntegerFormat(bits=bits, **family) for bits in (2, 3, 4, 8) for family in FAMILIES]
 EVERY_INTEGER = pytest.mark.parametrize("format", INTEGERS, ids=lambda f: f.name)
 LEVELS = {name: cast(LevelFormat, FORMATS[name]) for name in FORMATS if not isinstance(FORMATS[name], CodebookFormat)}
@@ -119,6 +124,31 @@ def test_both_signs_of_the_scale_are_used() -> None:
         grid = fit_grid(weight, LEVELS["int4"], CHANNEL, method=method)
         assert grid.scale.flatten().tolist() == [-1.0, 1.0]
         assert torch.equal(grid.fake_quantize(weight), weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("given_importance", [False, True])
+@EVERY_GRANULARITY
+def test_float_zero_points_are_never_worse_than_integers(
+    bits: int, given_importance: bool, granularity: Granularity
+) -> None:
+    weight, importance = heavy(40, 64), importance_of(64) if given_importance else None
+    formats = [IntegerFormat(bits=bits, symmetric=False, float_zero=is_float) for is_float in (True, False)]
+    floats, integers = (
+        fit_grid(weight, format, granularity, method="mse", importance=importance) for format in formats
+    )
+    assert_no_worse(loss(weight, floats, importance), loss(weight, integers, importance))
+    if granularity.kind == "group":
+        assert loss(weight, floats, importance).sum() < loss(weight, integers, importance).sum()
+
+
+def test_a_float_zero_point_puts_the_ends_of_the_range_on_levels() -> None:
+    weight = torch.linspace(-0.45, 1.05, 16).unsqueeze(0)  # steps of 0.1, and 0 between two of them
+    grid = fit_grid(weight, LEVELS["uint4-floatzero"], CHANNEL)
+    assert grid.zero_point is not None
+    assert (grid.zero_point.dtype, grid.zero_point.item()) == (torch.float16, 4.5)
+    assert grid.quantize(weight).tolist() == [list(range(16))]
+    torch.testing.assert_close(grid.fake_quantize(weight), weight)
 
 
 def test_search_moves_the_zero_point_to_clip_one_side_only() -> None:
@@ -243,7 +273,7 @@ def test_tiny_weights_never_divide_by_zero(format: IntegerFormat, scale_dtype: t
         error = (grid.fake_quantize(weight) - weight).abs()
         assert (grid.scale.float().abs() >= MIN_SCALE[scale_dtype]).all()
         assert (error <= max(abs(weight).max().item(), grid.scale.float().abs().item() / 2)).all()
-        assert grid.fake_quantize(weight)[0, 2] == 0
+        assert format.float_zero or grid.fake_quantize(weight)[0, 2] == 0
 
 
 @settings(deadline=None, max_examples=60)

@@ -15,6 +15,7 @@ from torch import Tensor
 from bitwright.errors import ShapeError, VerificationError
 from bitwright.numerics.formats import Format, LevelFormat, has_float_zero, num_zero_point_bits
 from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.integer import FLOAT_ZERO_DTYPE
 from bitwright.numerics.scales import StoredScale
 from bitwright.numerics.table import TABLES, TableFormat
 
@@ -121,7 +122,8 @@ class Grid:
         if not bool(((self.scale != 0) & torch.isfinite(self.scale)).all()):
             raise VerificationError("grid: a scale is 0 or not finite; fit the grid again on a finite weight.")
         if self.zero_point is not None:
-            if self.zero_point.is_floating_point() != has_float_zero(self.format):
+            is_float = self.zero_point.dtype == FLOAT_ZERO_DTYPE
+            if is_float != has_float_zero(self.format) or (not is_float and self.zero_point.is_floating_point()):
                 raise ShapeError(f"grid: format {self.format.name} has no {self.zero_point.dtype} zero points.")
             if not bool(torch.isfinite(self.zero_point).all()):
                 raise VerificationError("grid: a zero point is not finite; fit the grid again on a finite weight.")
