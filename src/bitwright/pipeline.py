@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
+from bitwright.automatic import BASELINE, adopt, baseline_job, choose, gate_loss, is_automatic
 from bitwright.calibration.fisher import fisher_information
 from bitwright.data.overlap import require_disjoint
 from bitwright.errors import CheckpointError, RunError, VerificationError
@@ -17,6 +19,7 @@ from bitwright.evaluation.streamed import evaluate as evaluate_streamed
 from bitwright.exporters.registered import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
 from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.stream import StreamedModel
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.outcome import CALIBRATION_TOKENS, conclude, gate_failure
 from bitwright.outlier_report import analyse
@@ -118,16 +121,35 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: boo
         _measure_fisher(job, run, trust_remote_code, progress)
     try:
         model, frame = transformed(job, run.work, progress)
-        walk = Walk(
-            model, run, job.recipe, job.plan, job.layouts, job.calibration, job.gate, progress,
-            original=job.model, frame=frame,
-        )  # fmt: skip
+        baseline: Job | None = None
+        if is_automatic(job.plan):
+            baseline = baseline_job(job)
+            recipe, plan = choose(job, model, run.work, progress)
+            job = replace(job, recipe=recipe, plan=plan)
+        walk = _walk(job, model, frame, run, progress)
         gate, reference = walk.execute()
+        if baseline is not None:
+            other = RunDirectory(run.work / BASELINE)
+            for folder in (other.model, other.work):
+                folder.mkdir(parents=True, exist_ok=True)
+            rival = _walk(baseline, model, frame, other, progress)
+            rival_gate, rival_reference = rival.execute()
+            if gate_loss(baseline, rival, rival_gate, rival_reference) < gate_loss(job, walk, gate, reference):
+                adopt(other, run)
+                job, walk = baseline, _walk(baseline, model, frame, run, progress)
+                gate, reference = rival_gate, rival_reference
         conclude(job, run, walk, gate, reference, time.perf_counter() - begun)
     except VerificationError as error:
         run.judge(str(error))
         raise
     return walk.resumed_blocks
+
+
+def _walk(job: Job, model: StreamedModel, frame: Tensor | None, run: RunDirectory, progress: Progress) -> Walk:
+    return Walk(
+        model, run, job.recipe, job.plan, job.layouts, job.calibration, job.gate, progress,
+        original=job.model, frame=frame,
+    )  # fmt: skip
 
 
 def _measure_fisher(job: Job, run: RunDirectory, trust_remote_code: bool, progress: Progress) -> None:

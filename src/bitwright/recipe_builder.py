@@ -26,7 +26,8 @@ def build_recipe(
     mapping = (Recipe() if file is None else load_recipe(file)).to_mapping()
     mapping.update({key: value for key, value in given.items() if value is not None})
     if given.get("method") is not None:
-        mapping.update(compose(given["method"]))
+        parts = compose(given["method"])
+        mapping |= {"transforms": [*parts.transforms], "method": parts.method, "repairs": [*parts.repairs]}
     mapping["calibration"].update({key: value for key, value in calibration.items() if value is not None})
     mapping["ignore"] = [*mapping["ignore"], *ignore]
     return Recipe.from_mapping(mapping, where="options")

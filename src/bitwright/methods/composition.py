@@ -1,5 +1,7 @@
 """Compositions: `awq+gptq+bias` names transforms, one solver and repairs; what does not go together is refused."""
 
+from dataclasses import dataclass
+
 from bitwright.errors import RecipeError, UnknownName, did_you_mean
 from bitwright.methods.repairs import REPAIRS
 from bitwright.methods.solvers import SOLVERS
@@ -16,8 +18,17 @@ EXCLUDES = {
 """Transforms that undo each other, and why."""
 
 
-def compose(text: str) -> dict[str, object]:
-    """Return `transforms`, `method` and `repairs` of a recipe from a name such as `awq+gptq+bias`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composition:
+    """The parts of a recipe that choose codes, by the names of its fields."""
+
+    transforms: tuple[str, ...]
+    method: str
+    repairs: tuple[str, ...]
+
+
+def compose(text: str) -> Composition:
+    """Return the parts that a name such as `awq+gptq+bias` stands for.
 
     Without a solver the weights are rounded to nearest.
 
@@ -29,11 +40,11 @@ def compose(text: str) -> dict[str, object]:
     kinds = [_kind(part, text) for part in parts]
     if kinds != sorted(kinds) or len(set(parts)) != len(parts):
         raise RecipeError(f"method '{text}': name each part once, transforms first, then a solver, then repairs.")
-    by_kind = [[part for part, kind in zip(parts, kinds, strict=True) if kind == wanted] for wanted in range(3)]
+    by_kind = [tuple(p for p, kind in zip(parts, kinds, strict=True) if kind == wanted) for wanted in range(3)]
     if len(by_kind[1]) > 1:
         raise RecipeError(f"method '{text}': {' and '.join(by_kind[1])} both choose codes. Name one.")
     solver = by_kind[1][0] if by_kind[1] else DEFAULT_SOLVER
-    return {"transforms": by_kind[0], "method": solver, "repairs": by_kind[2]}
+    return Composition(transforms=by_kind[0], method=solver, repairs=by_kind[2])
 
 
 def require_known(recipe: Recipe) -> None:

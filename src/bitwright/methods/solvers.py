@@ -10,8 +10,7 @@ from bitwright.calibration.collect import SiteStats
 from bitwright.methods.gptq import Refit, gptq
 from bitwright.methods.lnq import lnq
 from bitwright.methods.rtn import rtn
-from bitwright.methods.stage import BlockStage
-from bitwright.model.sites import Site
+from bitwright.methods.stage import BlockStage, BlockTask
 from bitwright.numerics.codebook_grid import CodebookFormat, CodebookGrid, LearnedTableFormat
 from bitwright.numerics.formats import Format
 from bitwright.numerics.grid import AnyGrid, Grid
@@ -37,15 +36,6 @@ class Problem:
     stats: SiteStats
     recipe: Recipe
     refit: Refit
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockTask:
-    """A site that a block solver is to quantize: start from `grid`, end with codes and a grid of the same kind."""
-
-    site: Site
-    grid: AnyGrid
-    stats: SiteStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,3 +105,5 @@ SOLVERS.register(
         hint="It learns the tables of kmeans schemes; use gptq or rtn for others.",
     ),
 )  # fmt: skip
+# Never asked to solve: `automatic` puts another solver in its place before any block is quantized.
+SOLVERS.register("auto", Solver(needs=frozenset({"moments", "hessian", "teacher", "cross"})))

@@ -1,0 +1,318 @@
+"""The data-driven choice: try cheap compositions on a sample of blocks, pick per site, and keep GPTQ if nothing helps.
+
+1. On a few blocks spread over the depth every candidate quantizes the block, on three quarters of the calibration
+   windows; what counts is how far the block's output on the other windows is from that of the unquantized block.
+2. The transforms of the best composition are taken for the whole model, since they are a recipe's. Then the solvers of
+   the other candidates with these transforms are tried on one group of sites after the other; a group keeps a solver
+   that lowers the block's error.
+3. A site of a block outside the sample takes the solver that its kind has on the nearest sampled block.
+4. The error of a block is not the loss of the model. So plain GPTQ quantizes the whole model as well, and the choice is
+   kept only where its divergence on the gate text is not above GPTQ's.
+
+Shapes: N windows, T tokens, D hidden size.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright.errors import RecipeError
+from bitwright.evaluation.streamed import compare_heads, enter_all
+from bitwright.methods.composition import check_composition, compose, needs_own_layout
+from bitwright.model.activations import Activations, batch_slices
+from bitwright.model.layouts import own
+from bitwright.model.stream import StreamedModel
+from bitwright.model.structure import BlockStructure
+from bitwright.preparation import Job
+from bitwright.progress import Progress
+from bitwright.recipe import Plan, Recipe
+from bitwright.records import write_json_atomic
+from bitwright.runs import RunDirectory
+from bitwright.walk import Walk
+
+AUTO, BASELINE = "auto", "gptq"
+CHOICE = "auto.json"
+HELD_OUT_FRACTION = 4
+"""One of so many calibration windows judges the candidates."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One candidate on one block.
+
+    Attributes:
+        block: name of the block.
+        composition: as a recipe's method reads.
+        solvers: where single groups have another solver: leader of the group -> solver.
+        error: squared distance of the block's output from the unquantized block's, relative to what the block adds.
+        refused: why it could not be tried.
+    """
+
+    block: str
+    composition: str
+    solvers: dict[str, str]
+    error: float | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        transforms: of the whole recipe.
+        solvers: site -> solver and the reason.
+        trials: everything that was tried.
+    """
+
+    transforms: tuple[str, ...]
+    solvers: dict[str, tuple[str, str]]
+    trials: tuple[Trial, ...]
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Choice":
+        """Rebuild what `asdict` and JSON made."""
+        return Choice(
+            transforms=tuple(data["transforms"]),
+            solvers={site: (pair[0], pair[1]) for site, pair in data["solvers"].items()},
+            trials=tuple(Trial(**trial) for trial in data["trials"]),
+        )
+
+
+def is_automatic(plan: Plan) -> bool:
+    """Whether a plan leaves the choice of some site's method to the data."""
+    return any(entry.method == AUTO for entry in plan.sites.values())
+
+
+def choose(job: Job, model: StreamedModel, work: Path, progress: Progress) -> tuple[Recipe, Plan]:
+    """Choose transforms and solvers for a job; a resumed run finds the choice in its work folder.
+
+    Args:
+        job: whose plan has sites with method auto.
+        model: what will be quantized.
+        work: the run's work folder.
+        progress: called with (what, done, total).
+    Returns:
+        the recipe with the chosen transforms, and the plan with a solver for every site.
+    """
+    file = work / CHOICE
+    if file.is_file():
+        choice = Choice.from_json(json.loads(file.read_text(encoding="utf-8")))
+    else:
+        folder = work / "auto"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        choice = _Chooser(job, model, folder, progress).choose()
+        write_json_atomic(file, asdict(choice))
+        shutil.rmtree(folder)
+    recipe = replace(job.recipe, transforms=choice.transforms)
+    sites = {
+        name: entry if name not in choice.solvers else replace(
+            entry, method=choice.solvers[name][0], reason=choice.solvers[name][1]
+        )
+        for name, entry in job.plan.sites.items()
+    }  # fmt: skip
+    return recipe, Plan(sites=sites)
+
+
+def baseline_job(job: Job) -> Job:
+    """Return the same job with GPTQ, and no transforms, where the choice was left to the data."""
+    reason = f"auto kept {BASELINE}: nothing that it chose was better on the gate text"
+    sites = {
+        name: replace(entry, method=BASELINE, reason=reason) if entry.method == AUTO else entry
+        for name, entry in job.plan.sites.items()
+    }
+    return replace(job, recipe=replace(job.recipe, method=BASELINE, transforms=()), plan=Plan(sites=sites))
+
+
+def gate_loss(job: Job, walk: Walk, gate: Activations, reference: Activations) -> float:
+    """Mean KL divergence in nats per token of a finished walk on the gate text."""
+    loss = compare_heads(walk.model, gate, job.gate, job.model, reference).kl_mean
+    assert loss is not None
+    return loss
+
+
+def adopt(baseline: RunDirectory, run: RunDirectory) -> None:
+    """Put the shards and block records of a finished baseline in the place of the run's own."""
+    for folder, target, pattern in (
+        (baseline.model, run.model, "*.safetensors"),
+        (baseline.work, run.work, "block-*.json"),
+        (baseline.work, run.work, "stats-*.safetensors"),
+    ):
+        for file in sorted(folder.glob(pattern)):
+            file.replace(target / file.name)
+
+
+class _Chooser:
+    """Tries candidates on sampled blocks."""
+
+    def __init__(self, job: Job, model: StreamedModel, folder: Path, progress: Progress) -> None:
+        self.job, self.model, self.folder, self.progress = job, model, folder, progress
+        self.trials: list[Trial] = []
+        count = min(job.recipe.auto.sample, model.num_blocks)
+        last = model.num_blocks - 1
+        self.sample = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
+        num_held_out = max(1, job.calibration.shape[0] // HELD_OUT_FRACTION)
+        self.texts = {"calibration": job.calibration[:-num_held_out], "gate": job.calibration[-num_held_out:]}
+        self.structures: dict[int, BlockStructure] = {}
+        self.done = 0
+
+    def choose(self) -> Choice:
+        streams = dict(self._float_streams())
+        candidates = self._candidates()
+        errors: dict[str, dict[int, float]] = {}
+        for text, composed in candidates.items():
+            found = {index: self._try(text, composed, index, streams[index], {}) for index in self.sample}
+            known = {index: error for index, error in found.items() if error is not None}
+            if len(known) == len(found):
+                errors[text] = known
+        if not errors:
+            raise RecipeError(f"auto: no candidate works here; the first was refused: {self.trials[0].refused}")
+        best = min(errors, key=lambda text: sum(errors[text].values()))
+        per_block = {
+            index: self._refine(best, candidates, index, streams[index], errors[best][index]) for index in self.sample
+        }
+        return Choice(
+            transforms=candidates[best].transforms,
+            solvers=self._solvers(best, candidates[best].method, per_block, errors),
+            trials=tuple(self.trials),
+        )
+
+    def _candidates(self) -> dict[str, Recipe]:
+        """Compositions that go with the recipe's own transforms, its layout and its schemes, by name."""
+        found: dict[str, Recipe] = {}
+        for text in self.job.recipe.auto.candidates:
+            parts = compose(text)
+            transforms = tuple(dict.fromkeys((*self.job.recipe.transforms, *parts.transforms)))
+            recipe = replace(self.job.recipe, transforms=transforms, method=parts.method)
+            try:
+                check_composition(recipe, self._plan(recipe, {}))
+                part = needs_own_layout(recipe)
+                if part is not None and set(self.job.layouts.values()) != {own.NAME}:
+                    raise RecipeError(f"{part} needs layout bitwright")
+            except RecipeError as error:
+                self.trials.append(Trial(block="", composition=text, solvers={}, error=None, refused=str(error)))
+                continue
+            found[text] = recipe
+        return found
+
+    def _plan(self, recipe: Recipe, solvers: Mapping[str, str]) -> Plan:
+        sites = {
+            name: replace(entry, method=solvers.get(name, recipe.method)) if entry.method == AUTO else entry
+            for name, entry in self.job.plan.sites.items()
+        }
+        return Plan(sites=sites)
+
+    def _float_streams(self) -> Iterator[tuple[int, dict[str, Activations]]]:
+        """Yield the hidden states of the unquantized model that enter each sampled block."""
+        current = {name: enter_all(self.model, ids, self.folder / f"{name}.bin") for name, ids in self.texts.items()}
+        for index in range(max(self.sample) + 1):
+            if index in self.sample:
+                kept = {name: self.folder / f"{name}-{index}.bin" for name in current}
+                for name, store in current.items():
+                    store.sync()
+                    shutil.copyfile(store.path, kept[name])
+                yield index, {name: Activations(kept[name], s.shape, s.dtype) for name, s in current.items()}
+            with self.model.block(index) as block:
+                for store in current.values():
+                    self._run(block, index, store, store)
+
+    def _run(self, block: torch.nn.Module, index: int, source: Activations, target: Activations) -> None:
+        for start, end in batch_slices(source.shape[0], source.shape[1]):
+            target.write(start, self.model.run_block(block, index, source.read(start, end, self.model.device)))
+
+    def _try(
+        self, text: str, recipe: Recipe, index: int, inputs: dict[str, Activations], solvers: dict[str, str]
+    ) -> float | None:
+        """Quantize one block and return the error of its output on the held-out windows."""
+        run = RunDirectory(self.folder / "trial")
+        for folder in (run.model, run.work):
+            folder.mkdir(parents=True, exist_ok=True)
+        walk = Walk(
+            self.model, run, recipe, self._plan(recipe, solvers), self.job.layouts, self.texts["calibration"],
+            self.texts["gate"], self.progress,
+        )  # fmt: skip
+        gate = inputs["gate"]
+        outputs = {
+            name: Activations(self.folder / f"out-{name}.bin", store.shape, store.dtype)
+            for name, store in (("expected", gate), ("gate", gate), ("teacher", inputs["calibration"]))
+        }
+        streams = {"gate": gate, "calibration": inputs["calibration"]}
+        if "teacher" in walk.needs:
+            streams["teacher"] = inputs["calibration"]
+        with self.model.block(index) as block:
+            self._run(block, index, gate, outputs["expected"])
+            stage, *_ = walk.quantize_block(block, index, streams, {"teacher": outputs["teacher"]})
+            self.structures[index] = stage.structure
+            self._run(block, index, gate, outputs["gate"])
+        error = _relative_error(gate, outputs["expected"], outputs["gate"])
+        name = self.model.block_names[index]
+        self.trials.append(Trial(block=name, composition=text, solvers=solvers, error=error))
+        self.done += 1
+        self.progress("auto", self.done, max(self.done + 1, len(self.job.recipe.auto.candidates) * len(self.sample)))
+        return error
+
+    def _refine(
+        self, best: str, candidates: dict[str, Recipe], index: int, inputs: dict[str, Activations], error: float
+    ) -> dict[str, tuple[str, float]]:
+        """Let one group after the other try the other solvers; return leader -> solver and the error it led to."""
+        recipe = candidates[best]
+        solvers = {
+            each.method for each in candidates.values()
+            if each.transforms == recipe.transforms and each.method != recipe.method
+        }  # fmt: skip
+        chosen: dict[str, tuple[str, float]] = {}
+        for group in self.structures[index].groups:
+            members = [name for name in group.sites if self.job.plan.sites[name].method == AUTO]
+            for solver in sorted(solvers) if members else ():
+                mix = {name: chosen[leader][0] for leader in chosen for name in self._group_of(index, leader)}
+                mix |= dict.fromkeys(members, solver)
+                tried = self._try(best, recipe, index, inputs, mix)
+                if tried is not None and tried < error:
+                    error = tried
+                    chosen[members[0]] = solver, tried
+        return chosen
+
+    def _group_of(self, index: int, leader: str) -> list[str]:
+        return [name for group in self.structures[index].groups if leader in group.sites for name in group.sites]
+
+    def _solvers(
+        self,
+        best: str,
+        solver: str,
+        per_block: Mapping[int, Mapping[str, tuple[str, float]]],
+        errors: Mapping[str, Mapping[int, float]],
+    ) -> dict[str, tuple[str, str]]:
+        """Spread the choices of the sampled blocks over all sites, with the reason of each."""
+        result: dict[str, tuple[str, str]] = {}
+        for index, block in enumerate(self.model.block_names):
+            near = min(self.sample, key=lambda sampled: abs(sampled - index))
+            sampled = self.model.block_names[near]
+            special = {
+                name[len(sampled) :]: picked
+                for leader, picked in per_block[near].items() for name in self._group_of(near, leader)
+            }  # fmt: skip
+            where = "here" if near == index else f"on {sampled}, the nearest block tried"
+            for name, entry in self.job.plan.sites.items():
+                if entry.method != AUTO or not name.startswith(block + "."):
+                    continue
+                method, error = special.get(name[len(block) :], (solver, errors[best][near]))
+                against = f", {BASELINE} {errors[BASELINE][near]:.3g}" if BASELINE in errors else ""
+                result[name] = method, f"auto: {best} with {method} leaves error {error:.3g} {where}{against}"
+        return result
+
+
+def _relative_error(inputs: Activations, expected: Activations, found: Activations) -> float:
+    """Squared distance of the outputs, relative to what the block adds to its inputs."""
+    distance = added = 0.0
+    cpu = torch.device("cpu")
+    for start in range(len(inputs)):
+        target = expected.read(start, start + 1, cpu).double()
+        distance += float((found.read(start, start + 1, cpu).double() - target).square().sum())
+        added += float((target - inputs.read(start, start + 1, cpu).double()).square().sum())
+    return distance / added if added > 0 else distance
