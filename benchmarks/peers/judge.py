@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from bitwright.errors import CheckpointError
-from bitwright.evaluation.score import Score
-from bitwright.evaluation.streamed import evaluate
+from bitwright.evaluation.score import Scorer
+from bitwright.evaluation.streamed import evaluate_windows
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.numerics.inputs import InputQuantizer
@@ -58,8 +58,8 @@ class QuantizedInputsModel(StreamedModel):
             return super().run_block(block, index, hidden)
 
 
-def judge(cell_dir: Path, model_dir: Path, windows: Tensor, work: Path | None = None) -> Score:
-    """Score the decoded model in `cell_dir` on windows [N, T], with KL divergence from the model in `model_dir`.
+def judge(cell_dir: Path, model_dir: Path, windows: Tensor, work: Path | None = None) -> Scorer:
+    """Judge the decoded model in `cell_dir` on windows [N, T], with KL divergence from the model in `model_dir`.
 
     Args:
         work: a folder for hidden states; a temporary one unless given.
@@ -78,4 +78,4 @@ def judge(cell_dir: Path, model_dir: Path, windows: Tensor, work: Path | None = 
         if inputs is None
         else QuantizedInputsModel(cell_dir, INPUTS[inputs])
     )
-    return evaluate(made, windows, work, no_progress, reference=reference)
+    return evaluate_windows(made, windows, work, no_progress, reference=reference)

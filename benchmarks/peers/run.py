@@ -260,7 +260,7 @@ def main() -> int:
             print(f"{cell!s:46s} {record['error']}", flush=True)
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            score = judge(Path(record["directory"]), given.model, windows, Path(scratch))
+            score = judge(Path(record["directory"]), given.model, windows, Path(scratch)).result()
         print(
             f"{cell!s:46s} {record['bits_per_weight']:7.3f} bits  {record['seconds']:8.1f} s  "
             f"{(record['peak_memory_bytes'] - record['memory_before_bytes']) / 2**20:6.0f} MiB  KL {score.kl_mean:.5f}",

@@ -42,15 +42,22 @@ def evaluate(
     model: StreamedModel, windows: Tensor, work: Path, progress: Progress, *, reference: StreamedModel | None = None
 ) -> Score:
     """Score a model on windows [N, T], also against a reference if given; `work` is a folder for hidden states."""
+    return evaluate_windows(model, windows, work, progress, reference=reference).result()
+
+
+def evaluate_windows(
+    model: StreamedModel, windows: Tensor, work: Path, progress: Progress, *, reference: StreamedModel | None = None
+) -> Scorer:
+    """As `evaluate`, but return the scorer, which also knows the figures of each window."""
     hidden = final_hidden(model, windows, work / "hidden-model.bin", progress, "evaluate")
     if reference is None:
-        score = compare_heads(model, hidden, windows, None, None)
+        scorer = score_heads(model, hidden, windows, None, None)
     else:
         expected = final_hidden(reference, windows, work / "hidden-reference.bin", progress, "reference")
-        score = compare_heads(model, hidden, windows, reference, expected)
+        scorer = score_heads(model, hidden, windows, reference, expected)
         expected.delete()
     hidden.delete()
-    return score
+    return scorer
 
 
 def compare_heads(

@@ -1,0 +1,173 @@
+"""Every method of ours and of every peer that installs, on one model, one set of calibration windows, one evaluator.
+
+    python benchmarks/methods.py --name demo-model [--model DIR] [--calibration TEXT] [--text TEXT] [--samples 128]
+        [--seqlen 256] [--windows 64] [--threads 1] [--budgets W4A16-g128,...] [--ours ...] [--peers ...]
+
+Ours run through `bitwright bench`, each cell in its own process; peers through `benchmarks/peers/run.py`, each in its
+own environment, on the token ids that ours were calibrated on. Both are judged on the same windows by the same code,
+and both are resumed when the same command is given again. Writes benchmarks/results/methods_<name>_<machine>_<date>
+.json and .md (see `methods_page`).
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGETS = {
+    "W4A16-g128": ("W4A16-g128", "W4A16-g128-asym"),
+    "W4A16-g32": ("W4A16-g32", "W4A16-g32-asym"),
+    "W3A16-g128": ("W3A16-g128", "W3A16-g128-asym"),
+    "W2A16-g64": ("W2A16-g64", "W2A16-g64-asym"),
+    "W8A8": ("W8A8",),
+}
+"""What peers call a budget -> the schemes of ours that belong to it."""
+WEIGHT_METHODS = ("rtn", "gptq", "gptaq", "guided", "awq", "awq+gptq", "signround", "awq+signround", "block_ap", "auto")
+ASYMMETRIC_METHODS = ("rtn", "gptq", "awq", "hqq", "signround", "block_ap")
+INPUT_METHODS = ("rtn", "gptq", "gptaq", "awq+gptq", "smoothquant", "smoothquant+gptq", "llm_int8", "signround")
+
+
+def methods_of(scheme: str) -> tuple[str, ...]:
+    """Our methods for a scheme."""
+    if scheme == "W8A8":
+        return INPUT_METHODS
+    return ASYMMETRIC_METHODS if scheme.endswith("-asym") else WEIGHT_METHODS
+
+
+def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Our cells, as rows."""
+    from bitwright.bench import run_bench
+    from bitwright.cli.console import ProgressBars
+
+    rows: list[dict[str, Any]] = []
+    with ProgressBars(quiet=not sys.stderr.isatty()) as progress:
+        for budget in args.budgets:
+            for scheme in BUDGETS[budget]:
+                wanted = [m for m in methods_of(scheme) if not args.ours or m in args.ours]
+                if not wanted:
+                    continue
+                found = run_bench(
+                    args.model, work / "ours", schemes=[scheme], methods=wanted, text=args.text,
+                    calibration=args.calibration, num_samples=args.samples, seqlen=args.seqlen, seed=args.seed,
+                    max_windows=args.windows, progress=progress,
+                )  # fmt: skip
+                print(f"{scheme}: {found.num_measured} cells measured", file=sys.stderr, flush=True)
+                cells = [r for r in found.records if r["kind"] == "cell" and r["scheme"] == scheme]
+                rows += [our_row(budget, record) for record in cells]
+    return rows
+
+
+def our_row(budget: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a record of `bitwright bench` that the page needs."""
+    row = {"budget": budget, "by": "bitwright", "method": record["method"], "scheme": record["scheme"]}
+    if record["status"] != "done":
+        return {**row, "error": record["reason"]}
+    figures = ("bits_per_weight", "kl_mean", "kl_stderr", "perplexity", "seconds", "peak_memory_bytes", "window_kl")
+    found = {**record, **record.get("figures", {})}
+    return {**row, **{name: found[name] for name in figures}}
+
+
+def run_theirs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """The peers' cells, as rows, each judged once."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
+    from judge import judge
+    from run import PEERS, all_cells, run_peers
+
+    from bitwright.bench_worker import evaluation_windows
+    from bitwright.preparation import GATE_TOKENS, open_model, text_sample
+    from bitwright.records import write_json_atomic
+
+    model = open_model(args.model, device="cpu", dtype="float32", trust_remote_code=False)
+    # `bitwright quantize` draws the windows of its gate in the same go.
+    num_gate = max(2, GATE_TOKENS // args.seqlen)
+    tokens = text_sample(
+        model, args.calibration, args.seqlen, num_samples=args.samples + num_gate, seed=args.seed,
+        trust_remote_code=False,
+    )[: args.samples]  # fmt: skip
+    shared = {"text": args.text, "context": args.seqlen, "windows": args.windows, "trust_remote_code": False}
+    windows = evaluation_windows(model, shared)
+    rows: list[dict[str, Any]] = []
+    for cell in all_cells(args.peers or PEERS):
+        budget = budget_of(cell.scheme)
+        if budget not in args.budgets:
+            continue
+        [record] = run_peers(args.model, tokens, work / "peers", [cell], args.threads, seed=args.seed)
+        row = {"budget": budget, "by": cell.peer, "method": cell.method, "scheme": cell.scheme}
+        if "error" in record:
+            rows.append({**row, "error": record["error"]})
+            continue
+        cached = work / "peers" / f"{record['key']}-{args.windows}.score.json"
+        if not cached.is_file():
+            with tempfile.TemporaryDirectory() as scratch:
+                scorer = judge(Path(record["directory"]), args.model, windows, Path(scratch))
+            write_json_atomic(cached, {**asdict(scorer.result()), "window_kl": scorer.window_kl})
+        score = json.loads(cached.read_text(encoding="utf-8"))
+        kept = ("bits_per_weight", "seconds", "peak_memory_bytes", "memory_before_bytes", "version")
+        rows.append({**row, **{name: record[name] for name in kept}, **score})
+    return rows
+
+
+def budget_of(scheme: str) -> str:
+    """The budget that a peer's scheme is compared in: the widest that is not above it, of the same activations."""
+    if scheme in BUDGETS:
+        return scheme
+    bits = scheme[1]
+    return {"8": "W8A8", "4": "W4A16-g32", "3": "W3A16-g128", "2": "W2A16-g64"}.get(bits, "")
+
+
+def parse() -> argparse.Namespace:
+    from bitwright.demo import demo_model
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the model, in the results' file names")
+    parser.add_argument("--model", type=Path, default=demo_model())
+    parser.add_argument("--calibration", default="stdlib")
+    parser.add_argument("--text", default="stdlib:heldout")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budgets", default=",".join(BUDGETS))
+    parser.add_argument("--ours", default="", help="methods; all unless given")
+    parser.add_argument("--peers", default="", help="all unless given")
+    parser.add_argument("--work", type=Path, help="build/methods-NAME unless given")
+    args = parser.parse_args()
+    for name in ("budgets", "ours", "peers"):
+        setattr(args, name, tuple(part for part in getattr(args, name).split(",") if part))
+    return args
+
+
+def main() -> None:
+    args = parse()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from methods_page import page
+
+    from bitwright.records import Environment, write_json_atomic, write_text_atomic
+
+    work = args.work or ROOT / "build" / f"methods-{args.name}"
+    rows = run_ours(args, work) + run_theirs(args, work)
+    environment = Environment.capture()
+    circumstances = {
+        "name": args.name, "calibration": Path(args.calibration).name, "text": Path(args.text).name,
+        "samples": args.samples, "seqlen": args.seqlen, "windows": args.windows, "seed": args.seed,
+        "threads": args.threads, "machine": f"{environment.cpu}, {environment.num_cores} cores",
+        "date": date.today().isoformat(),
+    }  # fmt: skip
+    machine = "".join(c if c.isalnum() else "-" for c in environment.cpu.lower()).strip("-")
+    stem = f"methods_{args.name}_{machine}-{environment.num_cores}-cores_{circumstances['date']}"
+    target = ROOT / "benchmarks" / "results" / stem
+    write_json_atomic(target.with_suffix(".json"), {"circumstances": circumstances, "rows": rows})
+    write_text_atomic(target.with_suffix(".md"), page(circumstances, rows))
+    print(target.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
