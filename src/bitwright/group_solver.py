@@ -13,8 +13,8 @@ from torch import Tensor
 from bitwright.calibration.collect import SiteStats
 from bitwright.errors import SingularHessian, VerificationError
 from bitwright.methods.repairs import REPAIRS
-from bitwright.methods.solvers import SOLVERS, BlockTask, Problem
-from bitwright.methods.stage import BlockStage
+from bitwright.methods.solvers import SOLVERS, Problem
+from bitwright.methods.stage import BlockStage, BlockTask
 from bitwright.model.layouts.own import input_scale
 from bitwright.model.sites import Site, weight_view
 from bitwright.model.skeleton import Skeleton
@@ -112,7 +112,7 @@ class GroupSolver:
             by_method.setdefault(start.method, []).append(start)
         for method, starts in by_method.items():
             together = SOLVERS[method].solve_block
-            tasks = [BlockTask(site=start.stack[0], grid=start.grid, stats=start.stats) for start in starts]
+            tasks = [self._task(start) for start in starts]
             found = together(stage, tasks) if together else {s.stack[0].name: self._solve_stack(s) for s in starts}
             for start in starts:
                 site = start.stack[0]
@@ -175,6 +175,13 @@ class GroupSolver:
         detail = _describe(site, start, quantized, weight, coded)
         weight_view(stage.block, site, stage.name).copy_(quantized.dense(dtype))
         return site, quantized, detail
+
+    def _task(self, start: "_Start") -> BlockTask:
+        site = start.stack[0]
+        inputs = self._inputs(site, start.stats, start.weight.device)
+        return BlockTask(
+            site=site, weight=start.weight, grid=start.grid, stats=start.stats, inputs=inputs, columns=start.columns
+        )
 
     def _planned_alike(self, members: list[Site]) -> list[list[Site]]:
         """Sites with the same scheme and method; what one weight shares as a whole is not shared between sites.

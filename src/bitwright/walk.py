@@ -206,6 +206,7 @@ class Walk:
         stage = BlockStage(
             model=self.model, index=index, name=name, block=block, structure=structure, plan=self.plan,
             recipe=self.recipe, fake_quantize=self.solver.fake_quantize, inputs=streams.get("calibration"),
+            progress=self.progress,
         )  # fmt: skip
         for transform in self.recipe.transforms:
             apply = TRANSFORMS[transform].apply

@@ -21,8 +21,10 @@ from bitwright.model.edits import named_tensors, num_channels, replace_tensors, 
 from bitwright.model.sites import Site, weight_view
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import BlockStructure, Edge
-from bitwright.numerics.inputs import InputTransform
+from bitwright.numerics.grid import AnyGrid
+from bitwright.numerics.inputs import FloatColumns, InputQuantizer, InputTransform
 from bitwright.numerics.linalg import wide_dtype
+from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Plan, Recipe, SitePlan
 from bitwright.schemes import ActivationScheme
 
@@ -39,6 +41,27 @@ class FakeQuantize(Protocol):
             mean_square: [I] E[x²] of the inputs, for importance-weighted ranges; None for plain ones.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BlockTask:
+    """A site that a block solver is to quantize: start from `grid`, end with codes and a grid of the same kind.
+
+    Attributes:
+        site: whose weight it is.
+        weight: [O, I] float32, what is to be coded: for transformed inputs, 0 in columns that stay floats.
+        grid: fitted to the weight, importance-weighted where the recipe says so.
+        stats: of the inputs, transformed.
+        inputs: how inputs become codes at inference; None where they stay floats.
+        columns: columns that stay floats.
+    """
+
+    site: Site
+    weight: Tensor
+    grid: AnyGrid
+    stats: SiteStats
+    inputs: InputQuantizer | None = None
+    columns: FloatColumns | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +86,7 @@ class BlockStage:
         float_columns: site -> [k] int64, columns that stay floats.
         edited: full names of the parameters that transforms have changed.
         notes: what each transform did, for the records.
+        progress: called with (what, done, total); a block that takes minutes has a bar of its own.
     """
 
     model: StreamedModel
@@ -81,6 +105,7 @@ class BlockStage:
     float_columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     edited: set[str] = field(default_factory=set[str])
     notes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    progress: Progress = no_progress
 
     @property
     def sites(self) -> dict[str, Site]:

@@ -165,10 +165,10 @@ class StreamedModel:
         Args:
             block: in memory; may also be a copy of the block.
             index: which block; says how it is called.
-            hidden: [B, T, D], of a batch shape that has been entered.
+            hidden: [B, T, D]; at the first of its batch shape what is outside the blocks is loaded once more.
             weights: parameter name inside the block -> tensor to use in its place.
         """
-        call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
+        call = self._calls_of(hidden.shape[0], hidden.shape[1])[index]
         out = functional_call(block, dict(weights or {}), (hidden, *call.args), call.kwargs)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
@@ -187,6 +187,13 @@ class StreamedModel:
         relays = self._relays(bool(self._returns_tuple))
         relays[0].injected = hidden
         return self._forward(relays, input_ids).float()
+
+    def _calls_of(self, num_windows: int, seqlen: int) -> list[BlockCall]:
+        """How the blocks are called for a batch shape: which tokens it has does not matter (see `_remember`)."""
+        if (num_windows, seqlen) not in self._calls:
+            with self.outside():
+                self.enter(torch.zeros(num_windows, seqlen, dtype=torch.int64))
+        return self._calls[(num_windows, seqlen)]
 
     def _learn_returns_tuple(self, input_ids: Tensor) -> bool:
         """Try both kinds of block output: with the wrong one the model fails or loses the hidden state on the way."""
