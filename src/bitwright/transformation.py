@@ -8,12 +8,15 @@ from torch import Tensor
 
 from bitwright.errors import VerificationError
 from bitwright.evaluation.streamed import evaluate
-from bitwright.methods.transforms import TRANSFORMS, ModelChange, ModelTask
+from bitwright.group_solver import GroupSolver
+from bitwright.methods.model_task import ModelChange, ModelTask
+from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.preparation import Job
 from bitwright.progress import Progress, no_progress
 from bitwright.records import write_json_atomic
+from bitwright.walk import FISHER
 
 NOTES = "transforms.json"
 MOST_KL = 0.01
@@ -42,6 +45,7 @@ def transformed(job: Job, work: Path, progress: Progress) -> tuple[StreamedModel
                 ModelTask(
                     model=model, plan=job.plan, recipe=job.recipe, calibration=job.calibration, out=out,
                     progress=progress,
+                    fake_quantize=GroupSolver(model.skeleton, job.recipe, job.plan, work / FISHER).fake_quantize,
                 )
             )  # fmt: skip
         change = transform.read_change(out)

@@ -77,6 +77,7 @@ class BlockStage:
         plan: what is to become of each site.
         recipe: the user's wishes, with every method's options.
         fake_quantize: what rounding to nearest makes of a weight.
+        probe: runs the block as it is now on a few windows of text that no method sees: [B, T, D].
         inputs: [N, T, D] hidden states of the calibration text that enter the block, through the quantized prefix;
             None without calibration text.
         targets: [N, T, D] what the unquantized block makes of the unquantized prefix; None unless a method needs it.
@@ -97,6 +98,7 @@ class BlockStage:
     plan: Plan
     recipe: Recipe
     fake_quantize: FakeQuantize
+    probe: Callable[[], Tensor]
     inputs: Activations | None = None
     targets: Activations | None = None
     teacher: nn.Module | None = None

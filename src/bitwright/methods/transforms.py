@@ -7,49 +7,12 @@ residual stream) work on the whole model beforehand: they write a model director
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
+from bitwright.methods.model_task import ModelChange, ModelTask
+from bitwright.methods.online_hadamard import rotate_all_inputs
 from bitwright.methods.stage import BlockStage
-from bitwright.model.stream import StreamedModel
-from bitwright.progress import Progress
-from bitwright.recipe import Plan, Recipe, SitePlan
+from bitwright.recipe import Recipe, SitePlan
 from bitwright.registry import Registry
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelTask:
-    """What a transform of the whole model is given.
-
-    Attributes:
-        model: the original.
-        plan: what is to become of each site.
-        recipe: the user's wishes.
-        calibration: [N, T] tokens; N = 0 without text.
-        out: directory to write, which does not exist; a killed run leaves none.
-        progress: called with (what, done, total).
-    """
-
-    model: StreamedModel
-    plan: Plan
-    recipe: Recipe
-    calibration: Tensor
-    out: Path
-    progress: Progress
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelChange:
-    """What a transform of the whole model did.
-
-    Attributes:
-        frame: [D, D] orthogonal: hidden states of the new model are those of the original times it; None if equal.
-        notes: for the records.
-    """
-
-    frame: Tensor | None
-    notes: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,3 +37,4 @@ class Transform:
 
 
 TRANSFORMS: Registry[Transform] = Registry("transform")
+TRANSFORMS.register("hadamard", Transform(apply=rotate_all_inputs, needs_own_layout=lambda _: True, needs_text=False))

@@ -55,6 +55,8 @@ from bitwright.schemes import MODEL_SCALE, ActivationScheme, Scheme, WeightSchem
 NAME = "bitwright"
 WEIGHT, INPUT = "weight_", "input_"
 GUARD = "weight"
+EXTRAS = ("transform_scale", "transform_hadamard", "column_index", "column_weight", "output_correction")
+"""What a site may have besides, whatever its scheme."""
 NEEDS_BITWRIGHT = (
     "this model needs the package bitwright: pip install bitwright, then `import bitwright` before from_pretrained"
 )
@@ -121,6 +123,11 @@ def unpack_codes(packed: Tensor, format: Format, n: int) -> Tensor:
 def guard(dtype: torch.dtype) -> Tensor:
     """Return what stands under the name of the dense weight."""
     return torch.empty(0, dtype=dtype)
+
+
+def is_part(leaf: str) -> bool:
+    """Whether a tensor of this name, inside a quantized module, is one of those that `encode` makes, or the guard."""
+    return leaf in (GUARD, *EXTRAS) or leaf.startswith((WEIGHT, INPUT))
 
 
 def needed_tensors(scheme: Scheme) -> set[str]:

@@ -191,7 +191,7 @@ class OwnQuantization:
         found: dict[str, list[str]] = {f"{module}.weight": [] for module in self.schemes}
         for name in sorted(stored):
             module, _, leaf = name.rpartition(".")
-            if f"{module}.weight" in found and (leaf == own.GUARD or leaf.startswith((own.WEIGHT, own.INPUT))):
+            if f"{module}.weight" in found and own.is_part(leaf):
                 found[f"{module}.weight"].append(name)
         for module, scheme in self.schemes.items():
             needed = {f"{module}.{leaf}" for leaf in own.needed_tensors(scheme)}

@@ -1,0 +1,93 @@
+"""Hadamard rotations of inputs at inference: what no rotation of the weights before can reach.
+
+Inputs x of a site become x H, its weight W becomes W H, and x H (W H)ᵀ = x Wᵀ, as H is orthogonal. An outlier spreads
+over its block, so that inputs need fewer levels; weights become more alike (incoherent). It costs O(n log n) per token
+at inference, and bitwright's own layout, which says so. Nothing is fitted, so no text is needed.
+
+Microscaling formats (MXFP4, NVFP4) have a scale of their own for every 16 or 32 inputs, which keeps an outlier to
+itself; a block as wide as theirs keeps that, a wider one spreads the outlier over groups that had none.
+
+Reference: QuaRot, arXiv:2404.00456, section 4 (R4). Blocks for microscaling formats: arXiv:2509.23202.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional
+
+from bitwright.errors import RecipeError
+from bitwright.methods.stage import BlockStage
+from bitwright.model.products import Product, ReplacedProducts
+from bitwright.model.proof import in_float32
+from bitwright.model.sites import StorageKey, storage_key, weight_view
+from bitwright.numerics.hadamard import largest_hadamard_factor
+from bitwright.numerics.inputs import InputTransform
+from bitwright.numerics.metrics import relative_error
+
+
+def rotate_all_inputs(stage: BlockStage) -> None:
+    """Rotate the inputs of every quantized site of a block.
+
+    Raises:
+        RecipeError: blocks of the size asked for do not divide a row.
+    """
+    rotate_inputs(stage, [group.sites for group in stage.structure.groups], transform="hadamard")
+
+
+def rotate_inputs(stage: BlockStage, groups: Iterable[tuple[str, ...]], *, transform: str) -> None:
+    """Rotate the inputs of the quantized sites of some groups, and note how far that moves the block's output.
+
+    Args:
+        stage: gets an input transform for every such site, after a scale that is there already.
+        groups: names of the sites that share inputs.
+        transform: on whose behalf, for the notes.
+    Raises:
+        RecipeError: blocks of the size asked for do not divide a row.
+    """
+    for group in groups:
+        members = tuple(name for name in group if stage.planned(name) is not None)
+        if not members:
+            continue
+        size = _block_size(stage, members[0])
+        change = replace(stage.input_transforms.get(members[0], InputTransform()), hadamard=size)
+        stage.input_transforms.update(dict.fromkeys(members, change))
+        stage.notes.append(
+            {
+                "transform": transform,
+                "what": f"inputs rotated at inference, blocks of {size}",
+                "sites": list(members),
+                "invariance": _invariance(stage, members, change),
+            }
+        )
+
+
+def _block_size(stage: BlockStage, site: str) -> int:
+    width, block = stage.sites[site].in_features, stage.recipe.rotation.block
+    if block is None:
+        return largest_hadamard_factor(width)
+    if width % block or largest_hadamard_factor(block) != block:
+        raise RecipeError(
+            f"{site}: a Hadamard rotation in blocks of {block} does not fit rows of {width}. "
+            f"Leave rotation.block out, which takes {largest_hadamard_factor(width)}."
+        )
+    return block
+
+
+def _invariance(stage: BlockStage, members: Iterable[str], change: InputTransform) -> float:
+    """Relative movement of the block's output, in float32, when the products are computed on rotated inputs."""
+    with in_float32(stage.block):
+        before = stage.probe().float()
+        products: dict[StorageKey, Product] = {}
+        for name in members:
+            view = weight_view(stage.block, stage.sites[name], stage.name)
+            products[storage_key(view)] = partial(_rotated_product, change, change.to_weight(view))
+        with ReplacedProducts(products):
+            after = stage.probe().float()
+    return relative_error(before, after)
+
+
+def _rotated_product(change: InputTransform, weight: Tensor, x: Tensor, added: Tensor | None) -> Tensor:
+    product = functional.linear(change.apply(x), weight)
+    return product if added is None else product + added
