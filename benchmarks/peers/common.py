@@ -173,12 +173,14 @@ def write_result(made: Quantized, model: nn.Module, folder: Path) -> int:
     """Save `model` (float32, the original) with the decoded weights in their places; return how many weights they are.
 
     Raises:
-        PeerError: a Linear is missing, has another shape, is not finite, or is exactly what it was.
+        PeerError: a Linear is missing, has another shape, is not finite, is exactly what it was, or is further from
+            it than a matrix of zeros although no norm has changed: then its codes were not read as they are meant.
     """
     parameters = dict(model.named_parameters())
     expected = {f"{name}.weight" for name in decoder_linears(model)}
     if missing := sorted(expected ^ set(made.weights)):
         raise PeerError(f"{len(missing)} of {len(expected)} Linears were not quantized, or were unasked: {missing[0]}")
+    moved = any(not torch.equal(parameters[name], value) for name, value in made.others.items())
     with torch.no_grad():
         for name, value in {**made.weights, **made.others}.items():
             original = parameters[name]
@@ -188,6 +190,8 @@ def write_result(made: Quantized, model: nn.Module, folder: Path) -> int:
                 raise PeerError(f"{name}: decodes to NaN or Inf.")
             if name in made.weights and torch.equal(original, value):
                 raise PeerError(f"{name}: is exactly what it was: not quantized.")
+            if not moved and (value - original).norm() >= original.norm():
+                raise PeerError(f"{name}: decodes to something else: further from the original than zeros.")
             original.copy_(value)
     model.save_pretrained(folder)
     return sum(parameters[name].numel() for name in expected)

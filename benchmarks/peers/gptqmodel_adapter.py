@@ -24,7 +24,6 @@ def config(job: Job) -> object:
 
 def quantize(job: Job) -> Quantized:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    import torch
     from gptqmodel import BACKEND, GPTQModel
 
     asked = config(job)
@@ -40,7 +39,7 @@ def quantize(job: Job) -> Quantized:
     weights = {}
     for name in names:
         layer = modules[name]
-        layer.scales, layer.dequant_dtype = layer.scales.float(), torch.float32
+        layer.scales = layer.scales.float()  # then it decodes in float32
         weights.update([decoded(name, layer.dequantize_weight().T)])
     bits = sum(
         tensor_bits(value)

@@ -111,8 +111,9 @@ def test_only_the_linears_of_decoder_blocks_are_asked_for() -> None:
 
 
 def test_decoded_weights_replace_the_original_ones(tmp_path: Path) -> None:
+    """However far they are from them, if a norm has changed as well."""
     model = Model()
-    weights = weights_of(model, 1.0)
+    weights = weights_of(model, 9.0)
     norm = torch.full((4,), 3.0)
     made = common.Quantized(weights=weights, bits=1, others={"layers.0.norm.weight": norm})
     assert common.write_result(made, model, tmp_path) == 32
@@ -127,14 +128,15 @@ def test_decoded_weights_replace_the_original_ones(tmp_path: Path) -> None:
         (lambda weights: weights.pop("layers.0.up.weight"), "1 of 2 Linears"),
         (lambda weights: weights.update({"layers.0.up.weight": torch.zeros(4, 2)}), "instead of"),
         (lambda weights: weights["layers.0.up.weight"].fill_(torch.nan), "NaN"),
-        (lambda weights: weights["layers.0.up.weight"].sub_(1.0), "exactly what it was"),
+        (lambda weights: weights["layers.0.up.weight"].sub_(0.25), "exactly what it was"),
+        (lambda weights: weights["layers.0.up.weight"].neg_(), "further from the original"),
     ],
 )
 def test_what_a_peer_left_out_or_broke_is_no_result(change: Any, message: str, tmp_path: Path) -> None:
     model = Model()
     with torch.no_grad():
         model.layers[0]["up"].weight.fill_(0.5)
-    weights = weights_of(model, 1.0)
+    weights = weights_of(model, 0.25)
     change(weights)
     with pytest.raises(common.PeerError, match=message):
         common.write_result(common.Quantized(weights=weights, bits=1), model, tmp_path)
