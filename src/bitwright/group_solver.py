@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -136,6 +137,9 @@ class GroupSolver:
             if stack[0].kind != "expert":
                 raise VerificationError(f"{stack[0].name}: no calibration token reached it, so {method} cannot work.")
             method, reason = "rtn", f"no calibration token reached this expert: rounded to nearest. {reason}".strip()
+        elif stats.is_routed and {"cross", "guided"} & SOLVERS[method].needs:
+            note = "an expert sees other tokens in the unquantized model, which cannot be matched: gptq."
+            method, reason = "gptq", f"{note} {reason}".strip()
         weight = torch.cat([stage.weight(site) for site in stack])
         if stats.transform is not None:
             weight = stats.transform.to_weight(weight)
@@ -212,7 +216,7 @@ class GroupSolver:
         solve = SOLVERS[start.method].solve
         assert solve is not None
         try:
-            problem = Problem(stats=stats, recipe=self.recipe, refit=refit)
+            problem = Problem(stats=stats, recipe=self.recipe, refit=refit, rows=_rows_of(start.stack))
             result = solve(start.weight, start.grid, problem)
         except SingularHessian as error:
             raise SingularHessian(f"{site.name}: {error} It saw {stats.num_tokens} tokens.") from None
@@ -290,6 +294,12 @@ class GroupSolver:
 
     def _stored_dtype(self, site: Site) -> torch.dtype:
         return self.skeleton.stored_dtype(site.parameter)
+
+
+def _rows_of(stack: list[Site]) -> dict[str, slice]:
+    """Which rows of a stacked weight belong to each site."""
+    ends = list(accumulate(site.out_features for site in stack))
+    return {site.name: slice(end - site.out_features, end) for site, end in zip(stack, ends, strict=True)}
 
 
 def _scale_format(name: str, dtype: torch.dtype) -> ScaleFormat:

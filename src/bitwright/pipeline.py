@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitwright.automatic import BASELINE, adopt, baseline_job, choose, gate_loss, is_automatic
 from bitwright.calibration.fisher import fisher_information
+from bitwright.calibration.output_gradients import output_gradients
 from bitwright.data.overlap import require_disjoint
 from bitwright.errors import CheckpointError, RunError, VerificationError
 from bitwright.evaluation.score import Score
@@ -39,7 +40,7 @@ from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
 from bitwright.runs import RUN_FILE, RunDirectory, open_run
 from bitwright.transformation import transformed
-from bitwright.walk import FISHER, Walk
+from bitwright.walk import FISHER, GUIDED, Walk, needs_gradients
 
 LONGEST_DEFAULT_WINDOW = 2048
 ANALYSIS_WINDOW = 512
@@ -126,6 +127,7 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: boo
             baseline = baseline_job(job)
             recipe, plan = choose(job, model, run.work, progress)
             job = replace(job, recipe=recipe, plan=plan)
+        _measure_output_gradients(job, model, run, trust_remote_code, progress)
         walk = _walk(job, model, frame, run, progress)
         gate, reference = walk.execute()
         if baseline is not None:
@@ -161,6 +163,27 @@ def _measure_fisher(job: Job, run: RunDirectory, trust_remote_code: bool, progre
         job.model.skeleton.checkpoint,
         dict.fromkeys(site.parameter for site in job.sites if job.plan.sites[site.name].scheme is not None),
         job.calibration,
+        device=str(job.model.device),
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    save_tensors_atomic(file, found)
+
+
+def _measure_output_gradients(
+    job: Job, model: StreamedModel, run: RunDirectory, trust_remote_code: bool, progress: Progress
+) -> None:
+    """Leave the gradients of the model to quantize, where methods weigh tokens by them, in the work folder."""
+    file = run.work / GUIDED
+    methods = {name: entry.method for name, entry in job.plan.sites.items()}
+    wanted = [site for site in job.sites if site.kind != "expert" and needs_gradients(methods[site.name])]
+    if file.exists() or not wanted:
+        return
+    found = output_gradients(
+        model.skeleton.checkpoint,
+        wanted,
+        job.calibration,
+        num_groups=job.recipe.gptq.guided_groups,
         device=str(job.model.device),
         trust_remote_code=trust_remote_code,
         progress=progress,

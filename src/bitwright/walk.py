@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.collect import SiteStats
+from bitwright.calibration.output_gradients import load_output_gradients
 from bitwright.errors import VerificationError
 from bitwright.evaluation.streamed import enter_all
 from bitwright.exporters.model_writer import ModelWriter, reread_equals
@@ -41,6 +42,7 @@ from bitwright.runs import RunDirectory
 from bitwright.schemes import ActivationScheme
 
 FISHER = "fisher.safetensors"
+GUIDED = "guided.safetensors"
 STATISTICS_BYTES = 1_000_000_000
 """Memory that the Hessians collected in one pass over a block may take; more sites than fit take more passes."""
 
@@ -52,6 +54,11 @@ def needs_of(plan: Plan) -> frozenset[Need]:
     if "cross" in needs:
         needs.add("teacher")
     return frozenset(needs)
+
+
+def needs_gradients(method: str | None) -> bool:
+    """Whether a method weighs tokens by the gradients of the end loss."""
+    return method is not None and "guided" in SOLVERS[method].needs
 
 
 class Walk:
@@ -278,7 +285,7 @@ class Walk:
                 wanted = tuple(name for name in group if self.plan.sites[name].scheme is not None)
                 if not wanted:
                     continue
-                needed = 8 * width[wanted[0]] ** 2
+                needed = 8 * width[wanted[0]] ** 2 * self._num_sums(wanted)
                 if batch and used + needed > STATISTICS_BYTES:
                     yield batch
                     batch, used = [], 0
@@ -290,8 +297,21 @@ class Walk:
     def _collect(self, stage: BlockStage, groups: list[tuple[str, ...]]) -> dict[str, SiteStats]:
         if "calibration" not in self.texts:
             return {name: SiteStats(transform=stage.input_transforms.get(name)) for group in groups for name in group}
-        with_gram = any(self._solver(name).needs_hessian for group in groups for name in group)
-        return stage.collect(groups, with_gram=with_gram, calibrated=self._calibrated(groups))
+        names = [name for group in groups for name in group]
+        needs: set[Need] = {need for name in names for need in self._solver(name).needs}
+        return stage.collect(
+            groups,
+            with_gram="hessian" in needs,
+            calibrated=self._calibrated(groups),
+            with_cross="cross" in needs,
+            weights=load_output_gradients(self.run.work / GUIDED, names) if "guided" in needs else None,
+        )
+
+    def _num_sums(self, group: tuple[str, ...]) -> int:
+        """How many matrices [I, I] are collected for a group."""
+        guided = [name for name in group if "guided" in self._solver(name).needs]
+        crossed = any("cross" in self._solver(name).needs for name in group)
+        return 1 + crossed + len(guided) * self.recipe.gptq.guided_groups
 
     def _calibrated(self, groups: list[tuple[str, ...]]) -> dict[str, ActivationScheme]:
         """Sites whose inputs are quantized with scales from calibration."""

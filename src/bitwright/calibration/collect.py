@@ -1,10 +1,12 @@
 """What the weight methods know of a site's inputs: second moments and Hessians, gathered while a block runs.
 
-Shapes: T tokens, I in features.
+Shapes: T tokens, I in features, C groups of output channels.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from bitwright.calibration.observers import OBSERVERS, Observer
 from bitwright.errors import VerificationError
 from bitwright.model.sites import Site, SiteCalls
 from bitwright.numerics.granularity import Granularity
-from bitwright.numerics.inputs import InputTransform
-from bitwright.numerics.linalg import accumulate_gram
+from bitwright.numerics.inputs import InputQuantizer, InputTransform
+from bitwright.numerics.linalg import accumulate_gram, wide_dtype
 from bitwright.schemes import ActivationScheme
 
 
@@ -29,8 +31,11 @@ class SiteStats:
         total: Σ x, [I] float64.
         cross: Σ (x' - x) xᵀ, [I, I] float64, x' the input of the same token in the unquantized model; None unless a
             method needs it.
-        guided: Σ w xᵀx per group of output channels, w the token's squared end-loss gradient; None likewise.
+        guided: site -> Σ w x xᵀ per group of its output channels, [C, I, I] float64, w the token's squared end-loss
+            gradient, 1 in the mean; None likewise.
         transform: what happens to inputs before anything is counted.
+        quantizer: what inputs are rounded to, after the transform, before products are formed of them; None if they
+            stay floats.
         observers: the ranges of the inputs, for each way in which they will be quantized with calibrated scales.
         is_routed: a router decides which tokens arrive (experts), so that there may be few or none.
     """
@@ -41,8 +46,9 @@ class SiteStats:
     square_sum: Tensor | None = None
     total: Tensor | None = None
     cross: Tensor | None = None
-    guided: list[Tensor] | None = None
+    guided: dict[str, Tensor] | None = None
     transform: InputTransform | None = None
+    quantizer: InputQuantizer | None = None
     observers: dict[ActivationScheme, Observer] = field(default_factory=dict[ActivationScheme, Observer])
 
     @property
@@ -66,13 +72,25 @@ class SiteStats:
         """
         if self.gram is None or self.num_tokens == 0:
             return None
-        hessian = self.gram * (2.0 / self.num_tokens)
+        hessian = self._averaged(self.gram)
         trust = self.num_tokens / hessian.shape[0]
         if self.is_routed and trust < 1:
             diagonal = hessian.diagonal().clone()
             hessian *= trust
             hessian.diagonal().copy_(diagonal)
         return hessian
+
+    @property
+    def drift(self) -> Tensor | None:
+        """(2/T) Σ (x' - x) xᵀ, [I, I]: see `cross`, in the units of the Hessian. None where it was not collected."""
+        return None if self.cross is None else self._averaged(self.cross)
+
+    def guided_hessians(self, site: str) -> Tensor | None:
+        """(2/T) Σ w x xᵀ, [C, I, I], one for each group of a site's output channels. None where not collected."""
+        return None if self.guided is None else self._averaged(self.guided[site])
+
+    def _averaged(self, sums: Tensor) -> Tensor:
+        return sums * (2.0 / self.num_tokens)
 
     def without(self, columns: Tensor) -> "SiteStats":
         """Return the statistics as if the inputs of some columns [k] were always 0; for solvers, not for observers."""
@@ -81,7 +99,7 @@ class SiteStats:
             if x is None:
                 return None
             x = x.clone()
-            for dimension in range(x.ndim):
+            for dimension in range(-min(x.ndim, 2), 0):
                 x.index_fill_(dimension, columns.to(x.device), 0.0)
             return x
 
@@ -91,30 +109,83 @@ class SiteStats:
             square_sum=cleared(self.square_sum),
             total=cleared(self.total),
             cross=cleared(self.cross),
-            guided=None if self.guided is None else [each for x in self.guided if (each := cleared(x)) is not None],
+            guided=None
+            if self.guided is None
+            else {name: each for name, x in self.guided.items() if (each := cleared(x)) is not None},
         )
 
-    def add(self, x: Tensor, *, with_gram: bool) -> None:
-        """Add the inputs x [..., I] of one call."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if self.transform is not None:
-            rows = self.transform.apply(rows)
+    def add(
+        self,
+        x: Tensor,
+        *,
+        with_gram: bool,
+        target: Tensor | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add the inputs x [..., I] of one call.
+
+        Args:
+            x: as the block has them.
+            with_gram: also add to Σ x xᵀ.
+            target: [..., I], the same tokens in the unquantized model; adds to `cross`.
+            weights: site -> [C, T of the whole text], w of `guided`; tokens come in order.
+        """
+        rows = self._prepared(x)
         if self.square_sum is None:
-            exact = torch.float32 if rows.device.type == "mps" else torch.float64
-            width = rows.shape[1]
-            self.square_sum = torch.zeros(width, dtype=exact, device=rows.device)
+            self.square_sum = torch.zeros(rows.shape[1], dtype=wide_dtype(rows.device), device=rows.device)
             self.total = torch.zeros_like(self.square_sum)
-            self.gram = torch.zeros(width, width, dtype=exact, device=rows.device) if with_gram else None
+            self.gram = _square(rows) if with_gram else None
         assert self.total is not None
-        self.total += rows.sum(0, dtype=self.total.dtype)
-        self.num_tokens += rows.shape[0]
         for observer in self.observers.values():
             observer.observe(rows)
+        if self.quantizer is not None:
+            rows = self.quantizer.quantize(rows).dequantize()
+        self.total += rows.sum(0, dtype=self.total.dtype)
         if self.gram is not None:
             accumulate_gram(self.gram, rows)
             self.square_sum.copy_(self.gram.diagonal())
         else:
             self.square_sum += rows.square().sum(0, dtype=self.square_sum.dtype)
+        if target is not None:
+            self.cross = _square(rows) if self.cross is None else self.cross
+            self.cross += (self._prepared(target) - rows).T @ rows
+        if weights is not None:
+            self._add_weighted(rows, weights)
+        self.num_tokens += rows.shape[0]
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """The inputs [T, I] as the quantizer gets them."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        return rows if self.transform is None else self.transform.apply(rows)
+
+    def _add_weighted(self, rows: Tensor, weights: Mapping[str, Tensor]) -> None:
+        seen = slice(self.num_tokens, self.num_tokens + rows.shape[0])
+        guided = self.guided = self.guided or {}
+        for name, all_tokens in weights.items():
+            tokens = all_tokens[:, seen].to(rows.device)
+            if tokens.shape[1] != rows.shape[0]:
+                raise VerificationError(
+                    f"{name}: called more than once for a token, so that gradients and inputs cannot be matched. "
+                    "Use gptq for it."
+                )
+            if name not in guided:
+                guided[name] = torch.stack([_square(rows)] * tokens.shape[0])
+            for sums, weight in zip(guided[name], tokens, strict=True):
+                accumulate_gram(sums, rows * weight.sqrt().unsqueeze(1))
+
+
+def _square(rows: Tensor) -> Tensor:
+    """Zeros [I, I] for sums of products of rows [T, I]."""
+    width = rows.shape[1]
+    return torch.zeros(width, width, dtype=wide_dtype(rows.device), device=rows.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """The unquantized block: `run_batches` yields one call for each batch of the quantized one, on the same tokens."""
+
+    block: nn.Module
+    run_batches: Callable[[], Iterable[Callable[[], object]]]
 
 
 class _AllSeen(Exception):
@@ -130,6 +201,9 @@ def collect(
     with_gram: bool,
     calibrated: Mapping[str, ActivationScheme] | None = None,
     transforms: Mapping[str, InputTransform] | None = None,
+    quantizers: Mapping[str, InputQuantizer] | None = None,
+    teacher: Teacher | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, SiteStats]:
     """Run a block over the calibration set and return statistics per site; sites of one group share one object.
 
@@ -141,43 +215,69 @@ def collect(
         with_gram: also accumulate Σ x xᵀ.
         calibrated: sites whose inputs get calibrated scales, and which.
         transforms: what happens to the inputs of a site before they are quantized; the same within a group.
+        quantizers: what the inputs of a site are rounded to; the same within a group.
+        teacher: also accumulate Σ (x' - x) xᵀ, x' its inputs. Not for experts: routers may send them other tokens.
+        weights: site -> [C, N·T]; also accumulate Σ w x xᵀ. Not for experts, for the same reason.
     Raises:
         VerificationError: NaN or Inf where a range is observed; names the site.
     """
-    stats: dict[str, SiteStats] = {}
-    leaders: set[str] = set()
     known = {site.name: site for site in sites}
-    for group in groups:
-        first = known[group[0]]
+    members = {group[0]: group for group in groups}  # leader -> its group
+    stats: dict[str, SiteStats] = {}
+    for leader, group in members.items():
         wanted = {calibrated[name] for name in group if calibrated and name in calibrated}
-        observers = {scheme: _observer(scheme, first.in_features) for scheme in wanted}
-        transform = (transforms or {}).get(group[0])
-        shared = SiteStats(is_routed=first.kind == "expert", observers=observers, transform=transform)
-        leaders.add(group[0])
+        shared = SiteStats(
+            is_routed=known[leader].kind == "expert",
+            observers={scheme: observer_of(scheme, known[leader].in_features) for scheme in wanted},
+            transform=(transforms or {}).get(leader),
+            quantizer=(quantizers or {}).get(leader),
+        )
         stats.update(dict.fromkeys(group, shared))
-    waiting: set[str] = set()
+    targets: dict[str, Tensor] = {}
+
+    def add(site: Site, x: Tensor) -> None:
+        shared, target = stats[site.name], targets.pop(site.name, None)
+        own = {name: weights[name] for name in members[site.name]} if weights and not shared.is_routed else None
+        try:
+            shared.add(x, with_gram=with_gram, target=target, weights=own)
+        except VerificationError as error:
+            raise VerificationError(f"{site.name}: {error}") from None
+
+    def keep(site: Site, x: Tensor) -> None:
+        if site.kind != "expert":
+            targets[site.name] = x
+
+    teacher_runs = repeat(None) if teacher is None else teacher.run_batches()
+    for run, teacher_run in zip(run_batches(), teacher_runs, strict=False):
+        if teacher is not None and teacher_run is not None:
+            _run_until_seen(teacher.block, sites, members, keep, teacher_run)
+        _run_until_seen(block, sites, members, add, run)
+    return stats
+
+
+def _run_until_seen(
+    block: nn.Module,
+    sites: list[Site],
+    wanted: Iterable[str],
+    on_inputs: Callable[[Site, Tensor], None],
+    run: Callable[[], object],
+) -> None:
+    """Run a batch and hand over what enters the wanted sites; the rest of the block need not run."""
+    asked, waiting = set(wanted), set(wanted)
 
     def on_call(site: Site, x: Tensor) -> None:
-        if site.name in leaders:
-            try:
-                stats[site.name].add(x, with_gram=with_gram)
-            except VerificationError as error:
-                raise VerificationError(f"{site.name}: {error}") from None
+        if site.name in asked:
+            on_inputs(site, x)
         waiting.discard(site.name)
         if not waiting:
             raise _AllSeen
 
-    for run in run_batches():
-        waiting.update(leaders)
-        with SiteCalls(block, sites, on_call):
-            try:
-                run()
-            except _AllSeen:
-                continue
-    return stats
+    with SiteCalls(block, sites, on_call), suppress(_AllSeen):
+        run()
 
 
-def _observer(scheme: ActivationScheme, in_features: int) -> Observer:
+def observer_of(scheme: ActivationScheme, in_features: int) -> Observer:
+    """Return an observer for the calibrated scales of a scheme, which has seen nothing."""
     assert scheme.observer is not None
     # The level above dynamic FP8 scales is one number, however many groups have scales below it.
     granularity = scheme.granularity if scheme.is_static else Granularity(kind="tensor")

@@ -1,13 +1,17 @@
 """What a weight solver is, and the table of those that exist."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 
 from bitwright.calibration.collect import SiteStats
+from bitwright.calibration.output_gradients import channel_groups
+from bitwright.methods.gptaq import asymmetric_target, gptaq
 from bitwright.methods.gptq import Refit, gptq
+from bitwright.methods.guided import by_rows
 from bitwright.methods.lnq import lnq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.stage import BlockStage, BlockTask
@@ -31,11 +35,27 @@ class Problem:
         stats: of the inputs, as they will be at inference.
         recipe: holds the options of every method.
         refit: fits a new grid to the current weights [O, g] of columns first … end.
+        rows: site -> its rows of the weight, in order; sites with the same inputs are solved as one weight.
     """
 
     stats: SiteStats
     recipe: Recipe
     refit: Refit
+    rows: Mapping[str, slice] = field(default_factory=dict[str, slice])
+
+    @property
+    def guided_hessians(self) -> list[tuple[slice, Tensor]]:
+        """Rows of the weight and the Hessian [I, I] of each group of output channels, in order."""
+        found: list[tuple[slice, Tensor]] = []
+        for site, rows in self.rows.items():
+            hessians = self.stats.guided_hessians(site)
+            assert hessians is not None
+            groups = channel_groups(rows.stop - rows.start, len(hessians))
+            found += [
+                (slice(rows.start + group.start, rows.start + group.stop), hessian)
+                for group, hessian in zip(groups, hessians, strict=True)
+            ]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,19 +87,42 @@ def _rtn(weight: Tensor, grid: AnyGrid, _problem: Problem) -> QTensor:
 
 
 def _gptq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
-    hessian, options = problem.stats.hessian, problem.recipe.gptq
+    hessian = problem.stats.hessian
     assert hessian is not None
+    return gptq(weight, hessian, grid, **_sweep(grid, problem))
+
+
+def _gptaq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
+    hessian, drift = problem.stats.hessian, problem.stats.drift
+    assert hessian is not None
+    assert drift is not None
+    return gptaq(weight, hessian, drift, grid, alpha=problem.recipe.gptq.asymmetry, **_sweep(grid, problem))
+
+
+def _guided(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
+    return by_rows(weight, problem.guided_hessians, grid, partial(gptq, **_sweep(grid, problem)))
+
+
+def _guided_gptaq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
+    hessian, drift, options = problem.stats.hessian, problem.stats.drift, problem.recipe.gptq
+    assert hessian is not None
+    assert drift is not None
+    return _guided(
+        asymmetric_target(weight, hessian, drift, alpha=options.asymmetry, damp=options.damp), grid, problem
+    )
+
+
+def _sweep(grid: AnyGrid, problem: Problem) -> dict[str, Any]:
+    """How columns are swept: the keyword arguments of `gptq` and its relatives."""
+    options = problem.recipe.gptq
     has_float_scales = isinstance(grid, Grid) and grid.stored is None
     refits = has_float_scales and grid.granularity.kind == "group" and not options.act_order
-    return gptq(
-        weight,
-        hessian,
-        grid,
-        damp=options.damp,
-        block=options.block,
-        act_order=options.act_order,
-        refit=problem.refit if refits else None,
-    )
+    return {
+        "damp": options.damp,
+        "block": options.block,
+        "act_order": options.act_order,
+        "refit": problem.refit if refits else None,
+    }
 
 
 def _lnq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
@@ -95,9 +138,14 @@ def has_own_tables(format: Format) -> bool:
 
 
 HESSIAN: frozenset[Need] = frozenset({"moments", "hessian"})
+CROSS: frozenset[Need] = frozenset({"cross"})
+GUIDED: frozenset[Need] = frozenset({"guided"})
 SOLVERS: Registry[Solver] = Registry("method")
 SOLVERS.register("rtn", Solver(solve=_rtn))
 SOLVERS.register("gptq", Solver(solve=_gptq, needs=HESSIAN))
+SOLVERS.register("gptaq", Solver(solve=_gptaq, needs=HESSIAN | CROSS))
+SOLVERS.register("guided", Solver(solve=_guided, needs=HESSIAN | GUIDED))
+SOLVERS.register("guided_gptaq", Solver(solve=_guided_gptaq, needs=HESSIAN | CROSS | GUIDED))
 SOLVERS.register(
     "lnq",
     Solver(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bitwright.calibration.collect import SiteStats, collect
+from bitwright.calibration.collect import SiteStats, Teacher, collect
 from bitwright.model.activations import Activations, batch_slices
 from bitwright.model.edits import named_tensors, num_channels, replace_tensors, scale_edge
 from bitwright.model.sites import Site, weight_view
@@ -161,12 +161,37 @@ class BlockStage:
         *,
         with_gram: bool,
         calibrated: Mapping[str, ActivationScheme] | None = None,
+        quantizers: Mapping[str, InputQuantizer] | None = None,
+        with_cross: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> dict[str, SiteStats]:
-        """Run the block over the calibration text and return statistics per site, of transformed inputs."""
+        """Run the block over the calibration text and return statistics per site, of transformed inputs.
+
+        Args:
+            groups: sites that read the same input.
+            with_gram: also Σ x xᵀ.
+            calibrated: sites whose inputs are observed for calibrated scales, and which.
+            quantizers: what the inputs of a site are rounded to.
+            with_cross: also how the inputs of the unquantized model differ; needs the teacher.
+            weights: site -> [C, N·T], what tokens count in its guided Hessians.
+        """
+        teacher = None
+        if with_cross:
+            assert self.teacher is not None
+            teacher = Teacher(block=self.teacher, run_batches=self._run_teacher)
         return collect(
-            self.block, list(self.structure.sites), groups, self.run_batches,
-            with_gram=with_gram, calibrated=calibrated, transforms=self.input_transforms,
+            self.block, list(self.structure.sites), groups, self.run_batches, with_gram=with_gram,
+            calibrated=calibrated, transforms=self.input_transforms, quantizers=quantizers, teacher=teacher,
+            weights=weights,
         )  # fmt: skip
+
+    def _run_teacher(self) -> Iterator[Callable[[], Tensor]]:
+        """Yield one call per batch, which runs the unquantized block on what enters it in the unquantized model."""
+        assert self.teacher is not None
+        assert self.teacher_inputs is not None
+        for start, end in self.batches():
+            hidden = self.teacher_inputs.read(start, end, self.model.device)
+            yield partial(self.model.run_block, self.teacher, self.index, hidden)
 
     def fold(self, edge: Edge, scale: Tensor) -> None:
         """Multiply the producer's channels by `scale` [S] and divide the consumers' columns by it.

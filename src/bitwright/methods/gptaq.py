@@ -1,0 +1,70 @@
+"""GPTAQ: GPTQ whose target is what the unquantized model computes, not what this layer makes of drifted inputs.
+
+GPTQ sees the inputs X as the quantized prefix leaves them, and stays close to W X. But X has drifted from the X' of the
+unquantized model, and what the layer should give is W X'. Least squares have the answer before any rounding: of all
+weights V, V X is closest to W X' for
+
+    V = W + W (X' - X) Xᵀ (X Xᵀ + λI)⁻¹
+
+and the objective is the same around V as GPTQ's is around W, so that GPTQ on V does the rest. The correction is
+estimated from calibration text and does not carry over to other text in full: α takes a part of it.
+
+Legend: O out features, I in features.
+"""
+
+from torch import Tensor
+
+from bitwright.methods.gptq import Refit, gptq
+from bitwright.numerics.grid import AnyGrid
+from bitwright.numerics.linalg import damped_inverse_cholesky, dead_columns, wide_dtype
+from bitwright.numerics.qtensor import QTensor
+
+
+def asymmetric_target(weight: Tensor, hessian: Tensor, drift: Tensor, *, alpha: float, damp: float) -> Tensor:
+    """Return the weight [O, I] whose outputs on drifted inputs are closest to those of `weight` on undrifted ones.
+
+    Minimises ‖V X - W X'‖² + λ ‖V - W‖² over V and goes the part `alpha` of the way there.
+
+    Args:
+        weight: W, [O, I]; not modified.
+        hessian: [I, I], (2/T) X Xᵀ.
+        drift: [I, I], (2/T) (X' - X) Xᵀ.
+        alpha: 0 to 1; 0 returns the weight itself.
+        damp: λ as in `gptq`.
+    Raises:
+        SingularHessian: no Cholesky factor even with the largest damping.
+    """
+    if alpha == 0:
+        return weight
+    wide = wide_dtype(hessian.device)
+    filled, dead = hessian.to(wide, copy=True), dead_columns(hessian)
+    live = filled.diagonal()[~dead]
+    # The drift of dead columns is zero as well, so that any stand-in for their diagonal leaves their weights alone.
+    filled.diagonal()[dead] = live.mean() if live.numel() else 1.0
+    factor = damped_inverse_cholesky(filled, damp)
+    correction = ((weight.to(wide) @ drift.to(wide)) @ factor.T) @ factor
+    return (weight.to(wide) + alpha * correction).to(weight.dtype)
+
+
+def gptaq(
+    weight: Tensor,
+    hessian: Tensor,
+    drift: Tensor,
+    grid: AnyGrid,
+    *,
+    alpha: float,
+    damp: float = 0.01,
+    block: int = 128,
+    act_order: bool = True,
+    refit: Refit | None = None,
+) -> QTensor:
+    """GPTQ towards the outputs of the unquantized model; arguments as `asymmetric_target` and `gptq`.
+
+    Raises:
+        SingularHessian: no Cholesky factor even with the largest damping.
+    Reference:
+        arXiv:2504.02692 (GPTAQ). Differs: the correction is the closed form of the least squares problem, taken before
+        the sweep, where the paper adds for each column what the columns after it can make up for.
+    """
+    target = asymmetric_target(weight, hessian, drift, alpha=alpha, damp=damp)
+    return gptq(target, hessian, grid, damp=damp, block=block, act_order=act_order, refit=refit)
