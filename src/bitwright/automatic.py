@@ -100,15 +100,13 @@ def choose(job: Job, model: StreamedModel, work: Path, progress: Progress) -> tu
     Returns:
         the recipe with the chosen transforms, and the plan with a solver for every site.
     """
-    file = work / CHOICE
-    if file.is_file():
-        choice = Choice.from_json(json.loads(file.read_text(encoding="utf-8")))
-    else:
+    choice = _known(work)
+    if choice is None:
         folder = work / "auto"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         choice = _Chooser(job, model, folder, progress).choose()
-        write_json_atomic(file, asdict(choice))
+        write_json_atomic(work / CHOICE, asdict(choice))
         shutil.rmtree(folder)
     recipe = replace(job.recipe, transforms=choice.transforms)
     sites = {
@@ -118,6 +116,17 @@ def choose(job: Job, model: StreamedModel, work: Path, progress: Progress) -> tu
         for name, entry in job.plan.sites.items()
     }  # fmt: skip
     return recipe, Plan(sites=sites)
+
+
+def trials(work: Path) -> tuple[Trial, ...]:
+    """Return what was tried in a run, from its work folder; nothing where nothing was left to the data."""
+    choice = _known(work)
+    return () if choice is None else choice.trials
+
+
+def _known(work: Path) -> Choice | None:
+    file = work / CHOICE
+    return Choice.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def baseline_job(job: Job) -> Job:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bitwright.automatic import trials
 from bitwright.errors import VerificationError
 from bitwright.evaluation.score import Score
 from bitwright.evaluation.streamed import compare_heads
@@ -163,6 +164,8 @@ def _write_records(job: Job, run: RunDirectory, blocks: list[dict[str, Any]], re
     }
     append_jsonl(run.records, {"kind": "context", **context})
     append_jsonl(run.records, {"kind": "quantize", **results})
+    for trial in trials(run.work):
+        append_jsonl(run.records, {"kind": "auto", **asdict(trial)})
     for block in blocks:
         append_jsonl(
             run.records, {"kind": "block", **{key: block[key] for key in ("block", "seconds", "hidden_sqnr_db")}}

@@ -1,0 +1,126 @@
+"""Method auto: what it tries, what it keeps, that it is never behind GPTQ on the gate, and that it resumes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitwright import automatic, pipeline
+from bitwright.errors import RecipeError
+from bitwright.recipe import Plan, Recipe
+from bitwright.records import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def text(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(tiny_text)
+    return file
+
+
+def recipe_of(text: Path, method: str = "auto", **changes: Any) -> Recipe:
+    return Recipe.from_mapping(
+        {
+            "scheme": "W3A16-g32", "method": method, "max_kl": 50.0, "auto": {"candidates": ["rtn", "gptq"]},
+            "calibration": {"text": str(text), "num_samples": 8, "seqlen": 64}, **changes,
+        }
+    )  # fmt: skip
+
+
+def tensors(run: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((run / "4-model").glob("*.safetensors"))}
+
+
+def test_it_names_a_solver_and_the_reason_for_every_site(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
+    result = pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "run")
+    plan = Plan.load(tmp_path / "run" / "3-plan.yaml")
+    assert {plan.sites[name].method for name in plan.quantized} <= {"rtn", "gptq"}
+    assert all(plan.sites[name].reason.startswith("auto") for name in plan.quantized)
+    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    assert {trial["composition"] for trial in trials} == {"rtn", "gptq"}
+    assert {trial["block"] for trial in trials} == {"model.layers.0", "model.layers.1"}
+    gptq = pipeline.quantize(tiny_llama_dir, recipe_of(text, "gptq"), tmp_path / "gptq")
+    assert result.results["kl_mean"] <= gptq.results["kl_mean"]
+
+
+def test_gptq_takes_over_where_the_choice_is_worse(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only candidate is round-to-nearest; GPTQ is better on the gate, so the result is GPTQ's to the last bit."""
+    losses = iter([0.1, 0.2])  # GPTQ's, then the choice's
+    monkeypatch.setattr(pipeline, "gate_loss", lambda *_: next(losses))
+    recipe = recipe_of(text, auto={"candidates": ["rtn"]})
+    pipeline.quantize(tiny_llama_dir, recipe, tmp_path / "run")
+    pipeline.quantize(tiny_llama_dir, recipe_of(text, "gptq"), tmp_path / "gptq")
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "gptq")
+    plan = Plan.load(tmp_path / "run" / "3-plan.yaml")
+    assert {plan.sites[name].method for name in plan.quantized} == {"gptq"}
+    assert all("auto kept gptq" in plan.sites[name].reason for name in plan.quantized)
+
+
+def test_the_choice_takes_the_place_of_gptq_where_it_is_better(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.2, 0.1])
+    monkeypatch.setattr(pipeline, "gate_loss", lambda *_: next(losses))
+    recipe = recipe_of(text, auto={"candidates": ["rtn"]})
+    pipeline.quantize(tiny_llama_dir, recipe, tmp_path / "run")
+    plan = Plan.load(tmp_path / "run" / "3-plan.yaml")
+    assert {plan.sites[name].method for name in plan.quantized} == {"rtn"}
+
+
+def test_a_killed_run_makes_the_same_choice(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(automatic.RunDirectory, "commit", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
+    chosen = json.loads((tmp_path / "killed" / "work" / automatic.CHOICE).read_text())
+    assert chosen["solvers"]
+    monkeypatch.setattr(automatic, "_Chooser", None)  # what is on disk must do
+    pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
+    assert tensors(tmp_path / "killed") == tensors(tmp_path / "whole")
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_candidates_that_are_refused_are_recorded(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(text, auto={"candidates": ["smoothquant", "gptq"]})
+    pipeline.quantize(tiny_llama_dir, recipe, tmp_path / "run")
+    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    assert [t["composition"] for t in trials if t["refused"]] == ["smoothquant"]
+
+
+def test_no_candidate_at_all_is_refused(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="auto: no candidate works here"):
+        pipeline.quantize(tiny_llama_dir, recipe_of(text, auto={"candidates": ["smoothquant"]}), tmp_path / "run")
+
+
+def test_rules_keep_their_own_method(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
+    rule = {"pattern": "*.down_proj", "scheme": "W8A16-channel", "method": "rtn"}
+    pipeline.quantize(tiny_llama_dir, recipe_of(text, rules=[rule]), tmp_path / "run")
+    plan = Plan.load(tmp_path / "run" / "3-plan.yaml")
+    ruled = [plan.sites[name] for name in plan.quantized if name.endswith("down_proj")]
+    assert {(str(site.scheme), site.method) for site in ruled} == {("W8A16-channel", "rtn")}
+    assert not any(site.reason.startswith("auto") for site in ruled)
+
+
+def test_the_error_is_relative_to_what_the_block_adds(tmp_path: Path) -> None:
+    from bitwright.model.activations import Activations
+
+    def store(name: str, value: torch.Tensor) -> Activations:
+        made = Activations(tmp_path / name, tuple(value.shape), torch.float32)
+        made.write(0, value)
+        return made
+
+    x = torch.randn(2, 3, 4)
+    added, error = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    found = automatic._relative_error(store("x", x), store("y", x + added), store("z", x + added + error))
+    expected = float(error.square().sum() / added.square().sum())
+    assert found == pytest.approx(expected, rel=1e-4)  # float32 sums and differences of a few numbers
