@@ -119,12 +119,14 @@ class GroupSolver:
                 site = start.stack[0]
                 yield self._finish(stage, start, site, slice(0, site.out_features), found[site.name])
 
-    def fake_quantize(self, site: Site, weight: Tensor, mean_square: Tensor | None) -> Tensor:
+    def fake_quantize(
+        self, site: Site, weight: Tensor, mean_square: Tensor | None, *, method: str | None = None
+    ) -> Tensor:
         """Round a weight [O, I] to nearest as the plan of its site says; see `stage.FakeQuantize`."""
         entry = self.plan.sites[site.name]
         assert entry.scheme is not None
         dtype = self._stored_dtype(site)
-        grid = self._fit(entry, entry.scheme.weights.format, weight, mean_square, dtype)
+        grid = self._fit(entry, entry.scheme.weights.format, weight, mean_square, dtype, method=method)
         return grid.dequantize(grid.quantize(weight))
 
     def _start(self, stage: BlockStage, stack: list[Site], stats: SiteStats) -> "_Start":
@@ -168,7 +170,7 @@ class GroupSolver:
         weight = start.weight[rows]
         quantized = QuantizedSite(
             weight=result,
-            inputs=self._inputs(site, start.stats, weight.device),
+            inputs=self.input_quantizer(site, start.stats),
             transform=start.stats.transform,
             columns=None if start.columns is None else start.columns.rows(rows.start, rows.stop),
         )
@@ -182,7 +184,7 @@ class GroupSolver:
 
     def _task(self, start: "_Start") -> BlockTask:
         site = start.stack[0]
-        inputs = self._inputs(site, start.stats, start.weight.device)
+        inputs = self.input_quantizer(site, start.stats)
         return BlockTask(
             site=site, weight=start.weight, grid=start.grid, stats=start.stats, inputs=inputs, columns=start.columns
         )
@@ -233,11 +235,13 @@ class GroupSolver:
         mean_square: Tensor | None,
         dtype: torch.dtype,
         weight_importance: Tensor | None = None,
+        *,
+        method: str | None = None,
     ) -> AnyGrid:
         """Fit a grid to columns with E[x²] `mean_square`; `weight_importance` [O, I] adds to their importance."""
         assert entry.scheme is not None
         assert entry.granularity is not None
-        range_method = self.recipe.range_method_for(has_statistics=mean_square is not None)
+        range_method = method or self.recipe.range_method_for(has_statistics=mean_square is not None)
         importance = mean_square if range_method == "importance" else None
         if weight_importance is not None:
             by_fisher = importance is None or self.recipe.importance == "fisher"
@@ -265,7 +269,7 @@ class GroupSolver:
             importance.view(-1)[outliers.index.long()] = 0
         return importance
 
-    def _inputs(self, site: Site, stats: SiteStats, device: torch.device) -> InputQuantizer | None:
+    def input_quantizer(self, site: Site, stats: SiteStats) -> InputQuantizer | None:
         """What happens to the inputs of a site at inference."""
         scheme = self.plan.sites[site.name].scheme
         acts = None if scheme is None else scheme.activations
@@ -281,7 +285,8 @@ class GroupSolver:
             return InputQuantizer(format=acts.format, granularity=acts.granularity, scale=scale)
         # Engines keep the scale in the model's dtype: in float32 it is what they will have.
         rounded = FloatScale(self._stored_dtype(site))
-        static = static_grid(low, high, acts.format, acts.granularity, site.in_features, scale=rounded).to(device)
+        static = static_grid(low, high, acts.format, acts.granularity, site.in_features, scale=rounded)
+        static = static.to(self.skeleton.device)
         static = replace(static, scale=static.scale.float())
         return InputQuantizer(format=acts.format, granularity=acts.granularity, scale=scale, static=static)
 

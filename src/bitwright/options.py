@@ -42,14 +42,17 @@ class AwqOptions:
         grid: how many exponents from 0 to 1 are tried.
         duo: also try scales that weigh inputs against weights.
         explicit: where no edge leads to a site, divide its inputs at inference (own layout only).
+        tokens: of the calibration text on which the outputs of attention and MLP are compared.
     """
 
     grid: int = 20
     duo: bool = True
     explicit: bool = False
+    tokens: int = 4096
 
     def __post_init__(self) -> None:
         _check(self.grid >= 1, "awq.grid", self.grid, "at least 1")
+        _check(self.tokens >= 1, "awq.tokens", self.tokens, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

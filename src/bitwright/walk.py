@@ -212,9 +212,9 @@ class Walk:
             structure = structure.with_proof_of(self._proofs[structure.signature])
         stage = BlockStage(
             model=self.model, index=index, name=name, block=block, structure=structure, plan=self.plan,
-            recipe=self.recipe, fake_quantize=self.solver.fake_quantize, probe=lambda: cast(Tensor, first()),
-            inputs=streams.get("calibration"),
-            progress=self.progress,
+            recipe=self.recipe, fake_quantize=self.solver.fake_quantize,
+            input_quantizer=self.solver.input_quantizer, probe=lambda: cast(Tensor, first()),
+            inputs=streams.get("calibration"), progress=self.progress,
         )  # fmt: skip
         for transform in self.recipe.transforms:
             apply = TRANSFORMS[transform].apply

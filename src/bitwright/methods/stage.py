@@ -32,13 +32,14 @@ from bitwright.schemes import ActivationScheme
 class FakeQuantize(Protocol):
     """Rounds a weight as the plan of a site says, to the nearest code."""
 
-    def __call__(self, site: Site, weight: Tensor, mean_square: Tensor | None) -> Tensor:
+    def __call__(self, site: Site, weight: Tensor, mean_square: Tensor | None, *, method: str | None = None) -> Tensor:
         """Return the dense values [O, I] that `weight` [O, I] is rounded to.
 
         Args:
             site: whose scheme and range method apply.
             weight: float32.
             mean_square: [I] E[x²] of the inputs, for importance-weighted ranges; None for plain ones.
+            method: of choosing ranges, in place of the recipe's: a quick one for those that round very often.
         """
         ...
 
@@ -77,6 +78,7 @@ class BlockStage:
         plan: what is to become of each site.
         recipe: the user's wishes, with every method's options.
         fake_quantize: what rounding to nearest makes of a weight.
+        input_quantizer: how the inputs of a site become codes, calibrated on these statistics; None if they do not.
         probe: runs the block as it is now on a few windows of text that no method sees: [B, T, D].
         inputs: [N, T, D] hidden states of the calibration text that enter the block, through the quantized prefix;
             None without calibration text.
@@ -98,6 +100,7 @@ class BlockStage:
     plan: Plan
     recipe: Recipe
     fake_quantize: FakeQuantize
+    input_quantizer: Callable[[Site, SiteStats], InputQuantizer | None]
     probe: Callable[[], Tensor]
     inputs: Activations | None = None
     targets: Activations | None = None
