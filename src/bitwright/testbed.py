@@ -13,9 +13,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from shutil import copyfile
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from bitwright.errors import CheckpointError, RecipeError, RunError, StructureError, VerificationError, did_you_mean
 from bitwright.inspection import probe_streamed
-from bitwright.model.checkpoint import HUB_PATTERNS, WEIGHT_INDEX
+from bitwright.model.directory import complete_directory
 from bitwright.model.edits import named_tensors, num_channels, scale_edges
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import BlockStructure, Edge
@@ -196,7 +194,6 @@ def _write(model: StreamedModel, plans: Sequence[_BlockPlan], target: Path, prog
     checkpoint, skeleton = model.skeleton.checkpoint, model.skeleton
     num_shards = model.num_blocks + 1
     rest = set(checkpoint.stored)
-    weight_map: dict[str, str] = {}
     for index in range(num_shards):
         shard = target / f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
         if index < model.num_blocks:
@@ -206,16 +203,8 @@ def _write(model: StreamedModel, plans: Sequence[_BlockPlan], target: Path, prog
         else:
             names, changed = rest, {}
         save_tensors_atomic(shard, {**checkpoint.read_stored(names), **changed})
-        weight_map.update(dict.fromkeys(sorted(names), shard.name))
         progress("plant", index + 1, num_shards)
-    write_json_atomic(
-        target / WEIGHT_INDEX,
-        {"metadata": {"total_size": checkpoint.num_bytes}, "weight_map": dict(sorted(weight_map.items()))},
-    )
-    for file in sorted(checkpoint.path.iterdir()):
-        belongs = file.is_file() and any(fnmatch(file.name, pattern) for pattern in HUB_PATTERNS)
-        if belongs and file.name != WEIGHT_INDEX and file.suffix != ".safetensors":
-            copyfile(file, target / file.name)
+    complete_directory(checkpoint, target)
 
 
 def _edited(model: StreamedModel, index: int, plan: _BlockPlan) -> dict[str, Tensor]:

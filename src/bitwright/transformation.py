@@ -41,15 +41,18 @@ def transformed(job: Job, work: Path, progress: Progress) -> tuple[StreamedModel
             continue
         out = work / f"model-{name}"
         if not out.is_dir():
+            solver = GroupSolver(model.skeleton, job.recipe, job.plan, work / FISHER)
             transform.apply_model(
                 ModelTask(
                     model=model, plan=job.plan, recipe=job.recipe, calibration=job.calibration, out=out,
-                    progress=progress,
-                    fake_quantize=GroupSolver(model.skeleton, job.recipe, job.plan, work / FISHER).fake_quantize,
+                    progress=progress, fake_quantize=solver.fake_quantize, input_quantizer=solver.input_quantizer,
                 )
             )  # fmt: skip
         change = transform.read_change(out)
-        model = StreamedModel(open_checkpoint(out), device=str(model.device), dtype=model.dtype)
+        model = StreamedModel(
+            open_checkpoint(out), device=str(model.device), dtype=model.dtype,
+            trust_remote_code=model.skeleton.trust_remote_code,
+        )  # fmt: skip
         if name not in notes:
             notes[name] = change.notes | _invariance(job, model, work, name)
             write_json_atomic(work / NOTES, notes)

@@ -21,10 +21,11 @@ from bitwright.errors import RecipeError
 from bitwright.methods.stage import BlockStage
 from bitwright.model.products import Product, ReplacedProducts
 from bitwright.model.proof import in_float32
-from bitwright.model.sites import StorageKey, storage_key, weight_view
+from bitwright.model.sites import Site, StorageKey, storage_key, weight_view
 from bitwright.numerics.hadamard import largest_hadamard_factor
 from bitwright.numerics.inputs import InputTransform
 from bitwright.numerics.metrics import relative_error
+from bitwright.recipe import Recipe
 
 
 def rotate_all_inputs(stage: BlockStage) -> None:
@@ -50,7 +51,7 @@ def rotate_inputs(stage: BlockStage, groups: Iterable[tuple[str, ...]], *, trans
         members = tuple(name for name in group if stage.planned(name) is not None)
         if not members:
             continue
-        size = _block_size(stage, members[0])
+        size = block_size(stage.sites[members[0]], stage.recipe)
         change = replace(stage.input_transforms.get(members[0], InputTransform()), hadamard=size)
         stage.input_transforms.update(dict.fromkeys(members, change))
         stage.notes.append(
@@ -63,13 +64,18 @@ def rotate_inputs(stage: BlockStage, groups: Iterable[tuple[str, ...]], *, trans
         )
 
 
-def _block_size(stage: BlockStage, site: str) -> int:
-    width, block = stage.sites[site].in_features, stage.recipe.rotation.block
+def block_size(site: Site, recipe: Recipe) -> int:
+    """Return the size of the blocks in which a site's inputs are rotated.
+
+    Raises:
+        RecipeError: blocks of the size asked for do not divide a row, or have no Hadamard matrix.
+    """
+    width, block = site.in_features, recipe.rotation.block
     if block is None:
         return largest_hadamard_factor(width)
     if width % block or largest_hadamard_factor(block) != block:
         raise RecipeError(
-            f"{site}: a Hadamard rotation in blocks of {block} does not fit rows of {width}. "
+            f"{site.name}: a Hadamard rotation in blocks of {block} does not fit rows of {width}. "
             f"Leave rotation.block out, which takes {largest_hadamard_factor(width)}."
         )
     return block

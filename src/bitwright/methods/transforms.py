@@ -12,6 +12,7 @@ from bitwright.methods import llm_int8, smoothquant
 from bitwright.methods.awq import awq
 from bitwright.methods.model_task import ModelChange, ModelTask
 from bitwright.methods.online_hadamard import rotate_all_inputs
+from bitwright.methods.rotation import read_rotation, rotate_model, rotate_rest, rotates_online
 from bitwright.methods.stage import BlockStage
 from bitwright.recipe import Recipe, SitePlan
 from bitwright.registry import Registry
@@ -44,4 +45,8 @@ TRANSFORMS.register("awq", Transform(apply=awq, needs_own_layout=lambda recipe: 
 TRANSFORMS.register("smoothquant", Transform(apply=smoothquant.smoothquant, refuses=smoothquant.refuses))
 TRANSFORMS.register(
     "llm_int8", Transform(apply=llm_int8.llm_int8, refuses=llm_int8.refuses, needs_own_layout=lambda _: True)
+)
+TRANSFORMS.register(
+    "rotation",
+    Transform(apply=rotate_rest, apply_model=rotate_model, read_change=read_rotation, needs_own_layout=rotates_online),
 )

@@ -42,6 +42,12 @@ def replace_tensors(block: nn.Module, prefix: str, tensors: Mapping[str, Tensor]
         block.get_parameter(name[len(prefix) + 1 :] if prefix else name).detach().copy_(tensor)
 
 
+def bias_name(parameter: str) -> str:
+    """Return the name that the bias of a weight has, if it has one."""
+    path, _, leaf = parameter.rpartition(".")
+    return f"{path}.bias" if leaf == "weight" else f"{parameter}_bias"  # as transformers names experts' biases
+
+
 def num_channels(edge: Edge, sites: Iterable[Site]) -> int:
     """Return S, how many channels of the producer the consumers read: the length of an edge's scale."""
     consumer = next(site for site in sites if site.name == edge.consumers[0])
@@ -128,10 +134,7 @@ def _scale_producer(changed: _Changed, sites: Mapping[str, Site], edge: Edge, sc
 
 
 def _bias_name(edge: Edge, site: Site | None) -> str:
-    if site is None:
-        return f"{edge.producer}.bias"
-    path, _, leaf = site.parameter.rpartition(".")
-    return f"{path}.bias" if leaf == "weight" else f"{site.parameter}_bias"  # as transformers names experts' biases
+    return f"{edge.producer}.bias" if site is None else bias_name(site.parameter)
 
 
 def _view(weight: Tensor, site: Site) -> Tensor:

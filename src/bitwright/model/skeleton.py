@@ -38,6 +38,7 @@ class Skeleton:
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
         self.device = torch.device(device)
         self.model = _empty_model(checkpoint, dtype, trust_remote_code)
         _materialise_buffers(self.model, self.device)
