@@ -7,6 +7,7 @@ from bitwright.methods.repairs import REPAIRS
 from bitwright.methods.solvers import SOLVERS
 from bitwright.methods.transforms import TRANSFORMS
 from bitwright.recipe import Plan, Recipe
+from bitwright.schemes import MODEL_SCALE
 
 DEFAULT_SOLVER = "rtn"
 EXCLUDES = {
@@ -68,7 +69,8 @@ def check_composition(recipe: Recipe, plan: Plan) -> None:
         if entry.scheme is None or entry.method is None:
             continue
         solver = SOLVERS[entry.method]
-        if not solver.accepts(entry.scheme.weights.format):
+        has_float_scales = entry.scheme.weights.scale in (MODEL_SCALE, "float32")
+        if not solver.accepts(entry.scheme.weights.format) or (solver.moves_scales and not has_float_scales):
             raise RecipeError(f"{site}: method {entry.method} does not work on {entry.scheme}. {solver.hint}")
         for name, transform in zip(recipe.transforms, transforms, strict=True):
             reason = transform.refuses(site, entry, recipe)

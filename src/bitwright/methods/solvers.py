@@ -12,12 +12,14 @@ from bitwright.calibration.output_gradients import channel_groups
 from bitwright.methods.gptaq import asymmetric_target, gptaq
 from bitwright.methods.gptq import Refit, gptq
 from bitwright.methods.guided import by_rows
+from bitwright.methods.hqq import hqq
 from bitwright.methods.lnq import lnq
 from bitwright.methods.rtn import rtn
 from bitwright.methods.stage import BlockStage, BlockTask
 from bitwright.numerics.codebook_grid import CodebookFormat, CodebookGrid, LearnedTableFormat
 from bitwright.numerics.formats import Format
 from bitwright.numerics.grid import AnyGrid, Grid
+from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.qtensor import QTensor
 from bitwright.recipe import Recipe
 from bitwright.registry import Registry
@@ -67,6 +69,7 @@ class Solver:
         solve_block: (stage, tasks) -> QTensor per site name.
         needs: what must have been collected; anything at all requires a calibration text.
         accepts: the number formats it works on.
+        moves_scales: scales are part of its result, and must be stored as the floats they are.
         hint: what to do where it does not.
     """
 
@@ -74,6 +77,7 @@ class Solver:
     solve_block: Callable[[BlockStage, list[BlockTask]], dict[str, QTensor]] | None = None
     needs: frozenset[Need] = frozenset()
     accepts: Callable[[Format], bool] = lambda _: True
+    moves_scales: bool = False
     hint: str = "Use gptq or rtn."
 
     @property
@@ -84,6 +88,10 @@ class Solver:
 
 def _rtn(weight: Tensor, grid: AnyGrid, _problem: Problem) -> QTensor:
     return rtn(weight, grid)
+
+
+def _hqq(weight: Tensor, grid: AnyGrid, _problem: Problem) -> QTensor:
+    return hqq(weight, grid)
 
 
 def _gptq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
@@ -137,11 +145,23 @@ def has_own_tables(format: Format) -> bool:
     return isinstance(format, CodebookFormat) and not isinstance(format, LearnedTableFormat)
 
 
+def has_integer_codes(format: Format) -> bool:
+    """Whether codes are integers, whose steps can be trained."""
+    return isinstance(format, IntegerFormat)
+
+
 HESSIAN: frozenset[Need] = frozenset({"moments", "hessian"})
 CROSS: frozenset[Need] = frozenset({"cross"})
 GUIDED: frozenset[Need] = frozenset({"guided"})
 SOLVERS: Registry[Solver] = Registry("method")
 SOLVERS.register("rtn", Solver(solve=_rtn))
+SOLVERS.register(
+    "hqq",
+    Solver(
+        solve=_hqq, accepts=has_integer_codes, moves_scales=True,
+        hint="It moves float scales and zero points of integers; use rtn for others without text, gptq with.",
+    ),
+)  # fmt: skip
 SOLVERS.register("gptq", Solver(solve=_gptq, needs=HESSIAN))
 SOLVERS.register("gptaq", Solver(solve=_gptaq, needs=HESSIAN | CROSS))
 SOLVERS.register("guided", Solver(solve=_guided, needs=HESSIAN | GUIDED))
