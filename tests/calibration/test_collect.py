@@ -8,9 +8,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bitwright.calibration.collect import SiteStats, collect
+from bitwright.calibration.collect import SiteStats, Teacher, collect
 from bitwright.errors import DataError, VerificationError
 from bitwright.model.sites import Site, block_sites
+from bitwright.numerics.formats import FORMATS
+from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.inputs import InputQuantizer, InputTransform
 from bitwright.schemes import ActivationScheme, Scheme
 
 WIDTH, INNER = 24, 40
@@ -290,3 +293,61 @@ def test_inputs_without_a_range_name_their_site() -> None:
     x[1, 3, 5] = torch.inf
     with pytest.raises(VerificationError, match=r"^b\.q: activations hold NaN or Inf"):
         calibrated_run(Block(), [x], {"b.k": STATIC})
+
+
+def test_cross_is_that_of_the_same_tokens_in_the_teacher() -> None:
+    """Both runs stop as soon as every wanted site was seen; transforms apply to both, quantizers to the student."""
+    block, teacher = Block(), Block()
+    captured, undrifted = Captured(block, ["o", "down"]), Captured(teacher, ["o", "down"])
+    x = torch.randn(6, 8, WIDTH)
+    drifted = x + 0.1 * torch.randn(6, 8, WIDTH)
+
+    def calls(of: nn.Module, inputs: Tensor) -> Callable[[], Iterator[Callable[[], object]]]:
+        return lambda: (lambda part=part: of(part) for part in inputs.split(4))
+
+    scale = torch.rand(INNER) + 0.5
+    quantizer = InputQuantizer(format=FORMATS["int8"], granularity=Granularity(kind="token"))  # type: ignore[arg-type]
+    with torch.no_grad():
+        stats = collect(
+            block, block_sites(block, "b"), [("b.o",), ("b.down",)], calls(block, drifted), with_gram=True,
+            teacher=Teacher(block=teacher, run_batches=calls(teacher, x)),
+            transforms={"b.down": InputTransform(scale=scale)}, quantizers={"b.down": quantizer},
+        )  # fmt: skip
+    assert (block.num_finished, teacher.num_finished) == (0, 0)
+    for name in ("o", "down"):
+        inputs, target = captured[name], undrifted[name]
+        if name == "down":
+            inputs, target = inputs / scale, target / scale
+            inputs = quantizer.quantize(inputs.float()).dequantize().double()
+        found = stats[f"b.{name}"]
+        expected, bound = (target - inputs).T @ inputs, 48 * 2.0**-23 * (target.abs() + inputs.abs()).T @ inputs.abs()
+        assert found.cross is not None
+        assert bool(((found.cross - expected).abs() <= bound).all())
+        assert found.drift is not None
+        torch.testing.assert_close(found.drift, found.cross * (2 / 48))
+        assert bool(((hessian_of(found) - 2 / 48 * inputs.T @ inputs).abs() <= 2 / 48 * 2 * gram_bound(inputs)).all())
+
+
+def test_experts_have_neither_cross_nor_weights() -> None:
+    """Routers may send them other tokens."""
+    stats = SiteStats(is_routed=True)
+    stats.add(torch.randn(5, WIDTH), with_gram=True)
+    assert (stats.cross, stats.drift, stats.guided) == (None, None, None)
+
+
+def test_a_site_that_is_called_twice_for_a_token_cannot_be_weighted() -> None:
+    stats, weights = SiteStats(), {"b.q": torch.ones(2, 5)}
+    stats.add(torch.randn(5, WIDTH), with_gram=False, weights=weights)
+    with pytest.raises(VerificationError, match=r"b\.q: called more than once for a token.*Use gptq"):
+        stats.add(torch.randn(5, WIDTH), with_gram=False, weights=weights)
+
+
+def test_columns_that_are_left_out_are_left_out_of_every_sum() -> None:
+    columns = torch.tensor([1, 5])
+    stats = SiteStats(float_columns=columns)
+    x = torch.randn(9, WIDTH)
+    stats.add(x, with_gram=True, target=torch.randn(9, WIDTH), weights={"b.q": torch.rand(2, 9)})
+    assert stats.guided is not None
+    for sums in (stats.gram, stats.cross, *stats.guided["b.q"]):
+        assert sums is not None
+        assert bool((sums[columns] == 0).all() and (sums[:, columns] == 0).all() and sums.any())

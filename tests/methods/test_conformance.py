@@ -76,8 +76,10 @@ def tensors_of(grid: AnyGrid) -> list[Tensor]:
 
 
 def stats_of(x: Tensor) -> SiteStats:
+    """Everything that any solver needs; the inputs of the unquantized model differ a little."""
     stats = SiteStats()
-    stats.add(x, with_gram=True)
+    weights = {"site": torch.rand(1, x.shape[0])}  # one group of channels, so that refits are of all rows
+    stats.add(x, with_gram=True, target=x + 0.1 * torch.randn(x.shape), weights=weights)
     return stats
 
 
@@ -93,7 +95,8 @@ def solve(method: str, weight: Tensor, grid: AnyGrid, stats: SiteStats, options:
 
     solver = SOLVERS[method].solve
     assert solver is not None
-    return solver(weight, grid, Problem(stats=stats, recipe=Recipe(gptq=options), refit=refit))
+    rows = {"site": slice(0, weight.shape[0])}
+    return solver(weight, grid, Problem(stats=stats, recipe=Recipe(gptq=options), refit=refit, rows=rows))
 
 
 @EVERY_CASE
@@ -135,6 +138,8 @@ def test_uncorrelated_inputs_leave_nothing_to_gain_over_the_nearest_level(
     identity = SiteStats(
         num_tokens=2,  # (2/T) Σ x xᵀ = I
         gram=torch.eye(NUM_COLUMNS, dtype=torch.float64),
+        cross=torch.zeros(NUM_COLUMNS, NUM_COLUMNS, dtype=torch.float64),
+        guided={"site": torch.eye(NUM_COLUMNS, dtype=torch.float64).unsqueeze(0)},
         square_sum=torch.ones(NUM_COLUMNS, dtype=torch.float64),
     )
     result = solve(method, weight, grid, identity, options)
