@@ -7,6 +7,8 @@ from typing import Literal
 from bitwright.errors import RecipeError
 
 Preset = Literal["light", "default", "best"]
+Start = Literal["gptq", "rtn"]
+PRESET_ITERATIONS: dict[Preset, int] = {"light": 50, "default": 200, "best": 1000}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,24 +123,35 @@ class SignRoundOptions:
     """Learned rounding.
 
     Attributes:
-        preset: light is quick, best is slow; sets what is None below.
-        iterations: steps of signed gradient descent per block.
+        preset: light takes 50 iterations, default 200, best 1000.
+        iterations: steps of signed gradient descent per block, in place of the preset's.
+        first_step: size of the first step; None takes 1 / iterations, or twice that at 3 bits and below from 1000 on.
         batch: windows per step.
         drop: share of the largest output errors that the loss leaves out (SignRound V2).
-        importance: search the initial scales weighted by mean square inputs (SignRound V2).
+        importance: start on ranges searched under mean square inputs (SignRound V2), not on ranges that cover all.
+        start: whose codes to start from.
     """
 
     preset: Preset = "default"
     iterations: int | None = None
+    first_step: float | None = None
     batch: int = 8
     drop: float = 0.001
     importance: bool = True
+    start: Start = "gptq"
 
     def __post_init__(self) -> None:
         good = self.iterations is None or self.iterations >= 0
         _check(good, "signround.iterations", self.iterations, "at least 0")
+        good = self.first_step is None or 0 < self.first_step <= 1
+        _check(good, "signround.first_step", self.first_step, "above 0 and at most 1")
         _check(self.batch >= 1, "signround.batch", self.batch, "at least 1")
         _check(0 <= self.drop < 0.5, "signround.drop", self.drop, "from 0 to 0.5")
+
+    @property
+    def num_iterations(self) -> int:
+        """Steps per block."""
+        return PRESET_ITERATIONS[self.preset] if self.iterations is None else self.iterations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,21 +161,22 @@ class BlockApOptions:
     Attributes:
         epochs: passes over the calibration windows.
         batch: windows per step.
-        weight_lr: learning rate of weights; None takes what is published for the width.
-        scale_lr: learning rate of scales and zero points.
+        weight_travel: how far a weight can move in all, in steps of its grid.
+        scale_travel: how far scales (relative to themselves) and zero points (in codes) can.
+        start: whose codes to start from.
     """
 
-    epochs: int = 2
-    batch: int = 2
-    weight_lr: float | None = None
-    scale_lr: float = 1e-4
+    epochs: int = 8
+    batch: int = 4
+    weight_travel: float = 1.0
+    scale_travel: float = 0.1
+    start: Start = "gptq"
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "block_ap.epochs", self.epochs, "at least 0")
         _check(self.batch >= 1, "block_ap.batch", self.batch, "at least 1")
-        _check(self.scale_lr >= 0, "block_ap.scale_lr", self.scale_lr, "at least 0")
-        good = self.weight_lr is None or self.weight_lr >= 0
-        _check(good, "block_ap.weight_lr", self.weight_lr, "at least 0")
+        _check(self.weight_travel >= 0, "block_ap.weight_travel", self.weight_travel, "at least 0")
+        _check(self.scale_travel >= 0, "block_ap.scale_travel", self.scale_travel, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

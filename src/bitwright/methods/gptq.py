@@ -58,12 +58,8 @@ def gptq(
         raise ValueError("act_order visits columns out of order, so groups cannot be refitted on the way")
     num_rows, num_columns = weight.shape
     dead = dead_columns(hessian)
-    diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(num_columns)
-    columns = order.tolist()
-    ordered = hessian[order][:, order]
-    ordered.diagonal()[dead[order]] = _stand_in(diagonal[~dead])
-    factor = damped_inverse_cholesky(ordered, damp).to(weight.dtype)
+    order, factor = _ordered_factor(hessian, dead, damp, act_order=act_order)
+    columns, factor = order.tolist(), factor.to(weight.dtype)
 
     work = weight.clone()
     work[:, dead] = 0.0
@@ -81,6 +77,39 @@ def gptq(
             errors[j] = error
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1.0)
     return sweep.result()
+
+
+def compensated(weight: Tensor, result: QTensor, hessian: Tensor, *, damp: float, act_order: bool) -> Tensor:
+    """Return the weight [O, I] as GPTQ's updates had left it when each column was rounded.
+
+    Rounding it to nearest gives GPTQ's codes again. With U the factor and E the scaled errors of all columns, the
+    updated weight is W' = W - E (U - diag U), and E diag U = W' - Q, so that E U = W - Q.
+
+    Args:
+        weight: [O, I], as given to `gptq`, like the other arguments.
+        result: what `gptq` made of it, without `refit`.
+        hessian: [I, I].
+        damp: as given to `gptq`.
+        act_order: as given to `gptq`.
+    """
+    dead = dead_columns(hessian)
+    order, factor = _ordered_factor(hessian, dead, damp, act_order=act_order)
+    wide = factor.dtype
+    rounded = result.dequantize().to(wide)
+    error = (weight.to(wide).masked_fill(dead, 0.0) - rounded)[:, order]
+    scaled = torch.linalg.solve_triangular(factor, error, upper=True, left=False)
+    moved = torch.empty_like(rounded)
+    moved[:, order] = scaled * factor.diagonal()
+    return (rounded + moved).to(weight.dtype)
+
+
+def _ordered_factor(hessian: Tensor, dead: Tensor, damp: float, *, act_order: bool) -> tuple[Tensor, Tensor]:
+    """The order of the columns and the upper Cholesky factor [I, I] of the inverse Hessian in that order."""
+    diagonal, num_columns = hessian.diagonal(), hessian.shape[0]
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(num_columns)
+    ordered = hessian[order][:, order]
+    ordered.diagonal()[dead[order]] = _stand_in(diagonal[~dead])
+    return order, damped_inverse_cholesky(ordered, damp)
 
 
 class _Sweep:

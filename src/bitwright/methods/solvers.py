@@ -9,12 +9,14 @@ from torch import Tensor
 
 from bitwright.calibration.collect import SiteStats
 from bitwright.calibration.output_gradients import channel_groups
+from bitwright.methods.block_ap import block_ap
 from bitwright.methods.gptaq import asymmetric_target, gptaq
 from bitwright.methods.gptq import Refit, gptq
 from bitwright.methods.guided import by_rows
 from bitwright.methods.hqq import hqq
 from bitwright.methods.lnq import lnq
 from bitwright.methods.rtn import rtn
+from bitwright.methods.signround import signround
 from bitwright.methods.stage import BlockStage, BlockTask
 from bitwright.numerics.codebook_grid import CodebookFormat, CodebookGrid, LearnedTableFormat
 from bitwright.numerics.formats import Format
@@ -115,9 +117,7 @@ def _guided_gptaq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
     hessian, drift, options = problem.stats.hessian, problem.stats.drift, problem.recipe.gptq
     assert hessian is not None
     assert drift is not None
-    return _guided(
-        asymmetric_target(weight, hessian, drift, alpha=options.asymmetry, damp=options.damp), grid, problem
-    )
+    return _guided(asymmetric_target(weight, hessian, drift, alpha=options.asymmetry, damp=options.damp), grid, problem)
 
 
 def _sweep(grid: AnyGrid, problem: Problem) -> dict[str, Any]:
@@ -171,6 +171,21 @@ SOLVERS.register(
     Solver(
         solve=_lnq, needs=HESSIAN, accepts=has_own_tables,
         hint="It learns the tables of kmeans schemes; use gptq or rtn for others.",
+    ),
+)  # fmt: skip
+TRAINED: frozenset[Need] = HESSIAN | {"teacher"}
+SOLVERS.register(
+    "signround",
+    Solver(
+        solve_block=signround, needs=TRAINED, accepts=has_integer_codes,
+        hint="It learns how integers are rounded; use gptq or rtn for others.",
+    ),
+)  # fmt: skip
+SOLVERS.register(
+    "block_ap",
+    Solver(
+        solve_block=block_ap, needs=TRAINED, accepts=has_integer_codes,
+        hint="It trains integer grids; use gptq or rtn for others.",
     ),
 )  # fmt: skip
 # Never asked to solve: `automatic` puts another solver in its place before any block is quantized.
