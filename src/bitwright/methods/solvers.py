@@ -173,7 +173,7 @@ SOLVERS.register(
         hint="It learns the tables of kmeans schemes; use gptq or rtn for others.",
     ),
 )  # fmt: skip
-TRAINED: frozenset[Need] = HESSIAN | {"teacher"}
+TRAINED: frozenset[Need] = frozenset({"moments", "hessian", "teacher"})
 SOLVERS.register(
     "signround",
     Solver(
