@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitwright.errors import RecipeError, ShapeError, VerificationError
+from bitwright.methods.composition import check_composition
 from bitwright.methods.hqq import hqq
 from bitwright.methods.rtn import rtn
 from bitwright.numerics.fitting import fit
@@ -20,6 +21,8 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import fit_grid
 from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale
+from bitwright.recipe import Plan, Recipe, SitePlan
+from bitwright.schemes import Scheme
 
 P = 0.7
 EPS = torch.finfo(torch.float32).eps
@@ -247,6 +250,18 @@ def test_grids_without_a_scale_that_may_move_are_refused(name: str, scale: str) 
     grid = fit(weight, FORMATS[name], granularity, method="mse", importance=None, scale=SCALE_FORMATS[scale])
     with pytest.raises(RecipeError, match=rf"a grid of {name} lacks or stores in another way. Use rtn or gptq"):
         hqq(weight, grid)
+
+
+@pytest.mark.parametrize("scheme", ["mxint8-a16", "nf4", "kmeans4", "fp8"])
+def test_a_recipe_with_other_scales_or_formats_is_refused_before_any_work(scheme: str) -> None:
+    for name in (scheme, "W4A16-g64-floatzero"):
+        entry = SitePlan(scheme=Scheme.parse(name), group_size=None, method="hqq", reason="")
+        plan = Plan(sites={"model.layers.0.mlp.down_proj": entry})
+        if name == scheme:
+            with pytest.raises(RecipeError, match=r"down_proj: method hqq does not work on .*moves float scales"):
+                check_composition(Recipe(method="hqq"), plan)
+        else:
+            check_composition(Recipe(method="hqq"), plan)
 
 
 @pytest.mark.parametrize(
