@@ -147,11 +147,10 @@ class GroupSolver:
             weight = stats.transform.to_weight(weight)
         dtype = self._stored_dtype(stack[0])
         columns: FloatColumns | None = None
-        index = stage.float_columns.get(stack[0].name)
-        if index is not None and index.numel():
+        index = stats.float_columns
+        if index is not None:
             columns = FloatColumns(index=index.to(torch.int32), weight=weight[:, index].to(dtype))
             weight[:, index] = 0.0
-            stats = stats.without(index)
         outliers: SparseOutliers | None = None
         if entry.scheme.weights.outliers:
             fraction = entry.scheme.weights.outliers

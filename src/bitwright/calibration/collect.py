@@ -5,7 +5,7 @@ Shapes: T tokens, I in features, C groups of output channels.
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import repeat
 
 import torch
@@ -34,6 +34,7 @@ class SiteStats:
         guided: site -> Σ w x xᵀ per group of its output channels, [C, I, I] float64, w the token's squared end-loss
             gradient, 1 in the mean; None likewise.
         transform: what happens to inputs before anything is counted.
+        float_columns: [k] int64, columns that stay floats: the codes see inputs of 0 there, and so do all sums.
         quantizer: what inputs are rounded to, after the transform, before products are formed of them; None if they
             stay floats.
         observers: the ranges of the inputs, for each way in which they will be quantized with calibrated scales.
@@ -48,6 +49,7 @@ class SiteStats:
     cross: Tensor | None = None
     guided: dict[str, Tensor] | None = None
     transform: InputTransform | None = None
+    float_columns: Tensor | None = None
     quantizer: InputQuantizer | None = None
     observers: dict[ActivationScheme, Observer] = field(default_factory=dict[ActivationScheme, Observer])
 
@@ -92,28 +94,6 @@ class SiteStats:
     def _averaged(self, sums: Tensor) -> Tensor:
         return sums * (2.0 / self.num_tokens)
 
-    def without(self, columns: Tensor) -> "SiteStats":
-        """Return the statistics as if the inputs of some columns [k] were always 0; for solvers, not for observers."""
-
-        def cleared(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            x = x.clone()
-            for dimension in range(-min(x.ndim, 2), 0):
-                x.index_fill_(dimension, columns.to(x.device), 0.0)
-            return x
-
-        return replace(
-            self,
-            gram=cleared(self.gram),
-            square_sum=cleared(self.square_sum),
-            total=cleared(self.total),
-            cross=cleared(self.cross),
-            guided=None
-            if self.guided is None
-            else {name: each for name, x in self.guided.items() if (each := cleared(x)) is not None},
-        )
-
     def add(
         self,
         x: Tensor,
@@ -156,7 +136,9 @@ class SiteStats:
     def _prepared(self, x: Tensor) -> Tensor:
         """The inputs [T, I] as the quantizer gets them."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        return rows if self.transform is None else self.transform.apply(rows)
+        if self.transform is not None:
+            rows = self.transform.apply(rows)
+        return rows if self.float_columns is None else rows.index_fill(1, self.float_columns.to(rows.device), 0.0)
 
     def _add_weighted(self, rows: Tensor, weights: Mapping[str, Tensor]) -> None:
         seen = slice(self.num_tokens, self.num_tokens + rows.shape[0])
@@ -201,6 +183,7 @@ def collect(
     with_gram: bool,
     calibrated: Mapping[str, ActivationScheme] | None = None,
     transforms: Mapping[str, InputTransform] | None = None,
+    float_columns: Mapping[str, Tensor] | None = None,
     quantizers: Mapping[str, InputQuantizer] | None = None,
     teacher: Teacher | None = None,
     weights: Mapping[str, Tensor] | None = None,
@@ -215,6 +198,7 @@ def collect(
         with_gram: also accumulate Σ x xᵀ.
         calibrated: sites whose inputs get calibrated scales, and which.
         transforms: what happens to the inputs of a site before they are quantized; the same within a group.
+        float_columns: columns of a site that stay floats; the same within a group.
         quantizers: what the inputs of a site are rounded to; the same within a group.
         teacher: also accumulate Σ (x' - x) xᵀ, x' its inputs. Not for experts: routers may send them other tokens.
         weights: site -> [C, N·T]; also accumulate Σ w x xᵀ. Not for experts, for the same reason.
@@ -230,6 +214,7 @@ def collect(
             is_routed=known[leader].kind == "expert",
             observers={scheme: observer_of(scheme, known[leader].in_features) for scheme in wanted},
             transform=(transforms or {}).get(leader),
+            float_columns=(float_columns or {}).get(leader),
             quantizer=(quantizers or {}).get(leader),
         )
         stats.update(dict.fromkeys(group, shared))

@@ -184,8 +184,8 @@ class BlockStage:
             teacher = Teacher(block=self.teacher, run_batches=self._run_teacher)
         return collect(
             self.block, list(self.structure.sites), groups, self.run_batches, with_gram=with_gram,
-            calibrated=calibrated, transforms=self.input_transforms, quantizers=quantizers, teacher=teacher,
-            weights=weights,
+            calibrated=calibrated, transforms=self.input_transforms, float_columns=self.float_columns,
+            quantizers=quantizers, teacher=teacher, weights=weights,
         )  # fmt: skip
 
     def _run_teacher(self) -> Iterator[Callable[[], Tensor]]:
