@@ -95,7 +95,7 @@ def run_theirs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for cell in all_cells(args.peers or PEERS):
         budget = budget_of(cell.scheme)
-        if budget not in args.budgets:
+        if budget not in args.budgets or cell.method in args.skip:
             continue
         [record] = run_peers(args.model, tokens, work / "peers", [cell], args.threads, seed=args.seed)
         row = {"budget": budget, "by": cell.peer, "method": cell.method, "scheme": cell.scheme}
@@ -137,9 +137,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budgets", default=",".join(BUDGETS))
     parser.add_argument("--ours", default="", help="methods; all unless given")
     parser.add_argument("--peers", default="", help="all unless given")
+    parser.add_argument("--skip", default="", help="methods of peers to leave out, such as those that take hours")
+    parser.add_argument("--only-peers", action="store_true", help="measure peers, write no page")
     parser.add_argument("--work", type=Path, help="build/methods-NAME unless given")
     args = parser.parse_args()
-    for name in ("budgets", "ours", "peers"):
+    for name in ("budgets", "ours", "peers", "skip"):
         setattr(args, name, tuple(part for part in getattr(args, name).split(",") if part))
     return args
 
@@ -153,6 +155,9 @@ def main() -> None:
     from bitwright.records import Environment, write_json_atomic, write_text_atomic
 
     work = args.work or ROOT / "build" / f"methods-{args.name}"
+    if args.only_peers:
+        run_theirs(args, work)
+        return
     rows = run_ours(args, work) + run_theirs(args, work)
     environment = Environment.capture()
     circumstances = {

@@ -184,7 +184,7 @@ class AutoOptions:
     """The data-driven choice: on how many blocks the candidates are tried, and which they are."""
 
     sample: int = 3
-    candidates: tuple[str, ...] = ("gptq", "awq+gptq", "gptaq", "awq+gptaq", "hqq", "signround")
+    candidates: tuple[str, ...] = ("gptq", "gptaq", "awq+gptq", "awq+gptaq")
 
     def __post_init__(self) -> None:
         _check(self.sample >= 1, "auto.sample", self.sample, "at least 1")

@@ -85,6 +85,17 @@ def formats(as_json: AsJson = False) -> None:
         _print(formats_table(rows), width=CATALOGUE_WIDTH)
 
 
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List every transform, solver and repair that `--method` may join, and which need calibration text."""
+    from bitwright.cli.methods import methods_rows, methods_table
+
+    if as_json:
+        _print_json(methods_rows())
+    else:
+        _print(methods_table())
+
+
 @app.command("testbed")
 def plant(
     model: Model,

@@ -16,11 +16,13 @@ class Repair:
     """Improves a quantized site.
 
     Attributes:
+        about: what it does, in a few words.
         apply: (weight [O, I] for transformed inputs, what became of the site, statistics of its inputs) -> the same
             site, improved.
         needs_own_layout: whether only bitwright's own layout holds the result.
     """
 
+    about: str
     apply: Callable[[Tensor, QuantizedSite, SiteStats], QuantizedSite]
     needs_own_layout: bool = True
 
@@ -33,4 +35,4 @@ def _bias(weight: Tensor, site: QuantizedSite, stats: SiteStats) -> QuantizedSit
 
 
 REPAIRS: Registry[Repair] = Registry("repair")
-REPAIRS.register("bias", Repair(apply=_bias))
+REPAIRS.register("bias", Repair(about="adds the mean error that is left to the output", apply=_bias))

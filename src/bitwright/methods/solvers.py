@@ -67,6 +67,7 @@ class Solver:
     """Chooses codes: for one weight at a time (`solve`), or for all sites of a block together (`solve_block`).
 
     Attributes:
+        about: what it does, in a few words.
         solve: (weight [O, I], grid, problem) -> QTensor.
         solve_block: (stage, tasks) -> QTensor per site name.
         needs: what must have been collected; anything at all requires a calibration text.
@@ -75,6 +76,7 @@ class Solver:
         hint: what to do where it does not.
     """
 
+    about: str
     solve: Callable[[Tensor, AnyGrid, Problem], QTensor] | None = None
     solve_block: Callable[[BlockStage, list[BlockTask]], dict[str, QTensor]] | None = None
     needs: frozenset[Need] = frozenset()
@@ -92,8 +94,11 @@ def _rtn(weight: Tensor, grid: AnyGrid, _problem: Problem) -> QTensor:
     return rtn(weight, grid)
 
 
-def _hqq(weight: Tensor, grid: AnyGrid, _problem: Problem) -> QTensor:
-    return hqq(weight, grid)
+def _hqq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
+    options = problem.recipe.hqq
+    return hqq(
+        weight, grid, p=options.p, beta=options.beta, kappa=options.kappa, iterations=options.iterations
+    )  # fmt: skip
 
 
 def _gptq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
@@ -154,21 +159,33 @@ HESSIAN: frozenset[Need] = frozenset({"moments", "hessian"})
 CROSS: frozenset[Need] = frozenset({"cross"})
 GUIDED: frozenset[Need] = frozenset({"guided"})
 SOLVERS: Registry[Solver] = Registry("method")
-SOLVERS.register("rtn", Solver(solve=_rtn))
+SOLVERS.register("rtn", Solver(about="the nearest level", solve=_rtn))
 SOLVERS.register(
     "hqq",
     Solver(
+        about="zero points (or scales) of the least l_0.7 error, without text",
         solve=_hqq, accepts=has_integer_codes, moves_scales=True,
         hint="It moves float scales and zero points of integers; use rtn for others without text, gptq with.",
     ),
 )  # fmt: skip
-SOLVERS.register("gptq", Solver(solve=_gptq, needs=HESSIAN))
-SOLVERS.register("gptaq", Solver(solve=_gptaq, needs=HESSIAN | CROSS))
-SOLVERS.register("guided", Solver(solve=_guided, needs=HESSIAN | GUIDED))
-SOLVERS.register("guided_gptaq", Solver(solve=_guided_gptaq, needs=HESSIAN | CROSS | GUIDED))
+SOLVERS.register(
+    "gptq", Solver(about="columns in turn, later ones make up for each error", solve=_gptq, needs=HESSIAN)
+)  # fmt: skip
+SOLVERS.register(
+    "gptaq",
+    Solver(about="gptq, which also makes up for the quantized blocks before", solve=_gptaq, needs=HESSIAN | CROSS),
+)
+SOLVERS.register(
+    "guided", Solver(about="gptq on Hessians weighted by the end loss", solve=_guided, needs=HESSIAN | GUIDED)
+)
+SOLVERS.register(
+    "guided_gptaq",
+    Solver(about="gptaq on Hessians weighted by the end loss", solve=_guided_gptaq, needs=HESSIAN | CROSS | GUIDED),
+)
 SOLVERS.register(
     "lnq",
     Solver(
+        about="learns the tables of kmeans schemes for the output",
         solve=_lnq, needs=HESSIAN, accepts=has_own_tables,
         hint="It learns the tables of kmeans schemes; use gptq or rtn for others.",
     ),
@@ -177,6 +194,7 @@ TRAINED: frozenset[Need] = frozenset({"moments", "hessian", "teacher"})
 SOLVERS.register(
     "signround",
     Solver(
+        about="learns the roundings and ranges of a whole block by signed gradients",
         solve_block=signround, needs=TRAINED, accepts=has_integer_codes,
         hint="It learns how integers are rounded; use gptq or rtn for others.",
     ),
@@ -184,9 +202,16 @@ SOLVERS.register(
 SOLVERS.register(
     "block_ap",
     Solver(
+        about="trains the weights, scales and zero points of a whole block",
         solve_block=block_ap, needs=TRAINED, accepts=has_integer_codes,
         hint="It trains integer grids; use gptq or rtn for others.",
     ),
 )  # fmt: skip
 # Never asked to solve: `automatic` puts another solver in its place before any block is quantized.
-SOLVERS.register("auto", Solver(needs=frozenset({"moments", "hessian", "teacher", "cross"})))
+SOLVERS.register(
+    "auto",
+    Solver(
+        about="tries candidates on some blocks, picks per site, keeps gptq if nothing is better",
+        needs=frozenset({"moments", "hessian", "teacher", "cross"}),
+    ),
+)  # fmt: skip

@@ -23,6 +23,7 @@ class Transform:
     """Changes a model so that quantization hurts less.
 
     Attributes:
+        about: what it does, in a few words.
         apply: works on one block; leaves notes for the records.
         apply_model: writes a whole model directory, before any block is quantized.
         read_change: reads back what `apply_model` wrote into its directory, for a resumed run.
@@ -31,6 +32,7 @@ class Transform:
         needs_text: whether a calibration text is required.
     """
 
+    about: str
     apply: Callable[[BlockStage], None] | None = None
     apply_model: Callable[[ModelTask], ModelChange] | None = None
     read_change: Callable[[Path], ModelChange] | None = None
@@ -40,13 +42,37 @@ class Transform:
 
 
 TRANSFORMS: Registry[Transform] = Registry("transform")
-TRANSFORMS.register("hadamard", Transform(apply=rotate_all_inputs, needs_own_layout=lambda _: True, needs_text=False))
-TRANSFORMS.register("awq", Transform(apply=awq, needs_own_layout=lambda recipe: recipe.awq.explicit))
-TRANSFORMS.register("smoothquant", Transform(apply=smoothquant.smoothquant, refuses=smoothquant.refuses))
 TRANSFORMS.register(
-    "llm_int8", Transform(apply=llm_int8.llm_int8, refuses=llm_int8.refuses, needs_own_layout=lambda _: True)
+    "hadamard",
+    Transform(
+        about="rotates the inputs of every site at inference",
+        apply=rotate_all_inputs, needs_own_layout=lambda _: True, needs_text=False,
+    ),
+)  # fmt: skip
+TRANSFORMS.register(
+    "awq",
+    Transform(
+        about="scales channels so that columns with large inputs lose less",
+        apply=awq, needs_own_layout=lambda recipe: recipe.awq.explicit,
+    ),
+)  # fmt: skip
+TRANSFORMS.register(
+    "smoothquant",
+    Transform(
+        about="moves the range of inputs into the weights", apply=smoothquant.smoothquant, refuses=smoothquant.refuses
+    ),
 )
+TRANSFORMS.register(
+    "llm_int8",
+    Transform(
+        about="keeps columns with outlying inputs as floats",
+        apply=llm_int8.llm_int8, refuses=llm_int8.refuses, needs_own_layout=lambda _: True,
+    ),
+)  # fmt: skip
 TRANSFORMS.register(
     "rotation",
-    Transform(apply=rotate_rest, apply_model=rotate_model, read_change=read_rotation, needs_own_layout=rotates_online),
-)
+    Transform(
+        about="rotates the residual stream and the heads of values; the rest online",
+        apply=rotate_rest, apply_model=rotate_model, read_change=read_rotation, needs_own_layout=rotates_online,
+    ),
+)  # fmt: skip
