@@ -26,6 +26,8 @@ from bitwright.runs import RunDirectory
 from bitwright.walk import Walk
 
 CALIBRATION_TOKENS = "calibration_tokens"
+TRANSFORMS_FILE = "transforms.json"
+"""In the work folder: what transforms of the whole model noted, by name."""
 
 
 def conclude(
@@ -166,10 +168,16 @@ def _write_records(job: Job, run: RunDirectory, blocks: list[dict[str, Any]], re
     append_jsonl(run.records, {"kind": "quantize", **results})
     for trial in trials(run.work):
         append_jsonl(run.records, {"kind": "auto", **asdict(trial)})
+    transforms = run.work / TRANSFORMS_FILE
+    noted = json.loads(transforms.read_text(encoding="utf-8")) if transforms.is_file() else {}
+    for name, notes in noted.items():
+        append_jsonl(run.records, {**notes, "kind": "transform", "transform": name})
     for block in blocks:
         append_jsonl(
             run.records, {"kind": "block", **{key: block[key] for key in ("block", "seconds", "hidden_sqnr_db")}}
         )
+        for notes in block["transforms"]:
+            append_jsonl(run.records, {**notes, "kind": "transform", "block": block["block"]})
         for site in block["sites"]:
             append_jsonl(run.records, {"kind": "site", "block": block["block"], **site})
     for name in job.plan.kept:

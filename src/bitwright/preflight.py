@@ -1,7 +1,7 @@
 """What a run will need, estimated before any work, and refused when the machine does not have it."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from bitwright.errors import ResourceError
 from bitwright.methods.solvers import SOLVERS
+from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.recipe import Plan
@@ -31,7 +32,7 @@ class Estimate:
 
     Attributes:
         model_bytes: the quantized model on disk.
-        work_bytes: hidden states on disk while the run lasts.
+        work_bytes: hidden states, and transformed models, on disk while the run lasts.
         memory_bytes: peak resident memory above the imports.
         quantized_bits_per_weight: over the quantized sites, scales and zero points included.
     """
@@ -43,9 +44,16 @@ class Estimate:
 
 
 def estimate(
-    model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows: int, num_gate: int, seqlen: int
+    model: StreamedModel,
+    sites: Sequence[Site],
+    plan: Plan,
+    num_windows: int,
+    num_gate: int,
+    seqlen: int,
+    *,
+    transforms: Iterable[str] = (),
 ) -> Estimate:
-    """Predict sizes from shapes alone."""
+    """Predict sizes from shapes alone; `transforms` of the whole model write one each."""
     stored = model.skeleton.checkpoint.stored
     quantized_bits = quantized_weights = replaced_bytes = 0
     for site in sites:
@@ -60,9 +68,10 @@ def estimate(
         replaced_bytes += weights * itemsize
     hidden = int(getattr(model.skeleton.model.config.get_text_config(), "hidden_size", 0))
     work = 2 * (num_windows + 2 * num_gate) * seqlen * hidden * model.dtype.itemsize
+    models = sum(TRANSFORMS[name].apply_model is not None for name in transforms)
     return Estimate(
         model_bytes=model.skeleton.checkpoint.num_bytes - replaced_bytes + quantized_bits // 8,
-        work_bytes=work,
+        work_bytes=work + models * (model.skeleton.checkpoint.num_bytes + _tied_bytes(model)),
         memory_bytes=_memory(model, sites, plan, num_windows, seqlen) + work,
         quantized_bits_per_weight=quantized_bits / max(1, quantized_weights),
     )
@@ -108,6 +117,12 @@ def _memory(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows
     inside = 2 * block_bytes + HESSIAN_COPIES * hessian + (STATISTICS_BYTES if _has_experts(sites) else 0)
     vocabulary = int(getattr(model.skeleton.model.config.get_text_config(), "vocab_size", 0))
     return WORKING_BYTES + max(inside, outside + LOGIT_COPIES * 4 * seqlen * vocabulary)
+
+
+def _tied_bytes(model: StreamedModel) -> int:
+    """What weights that are tied take when they come apart, in the model's dtype."""
+    tied = sum(model.skeleton.model.get_parameter(name).numel() for name in model.skeleton.tied_names())
+    return tied * model.skeleton.checkpoint.dense_dtype.itemsize
 
 
 def _parameter_bytes(model: StreamedModel, prefix: str) -> int:

@@ -164,7 +164,8 @@ def prepare(
     model_hash = model.skeleton.checkpoint.audit(_byte_progress(model.skeleton.checkpoint, progress))
     num_gate = max(2, GATE_TOKENS // recipe.calibration.seqlen)
     num_windows = recipe.calibration.num_samples if recipe.calibration.text else 0
-    needed = estimate(model, sites, plan, num_windows, num_gate, recipe.calibration.seqlen)
+    seqlen = recipe.calibration.seqlen
+    needed = estimate(model, sites, plan, num_windows, num_gate, seqlen, transforms=recipe.transforms)
     check(needed, run.path)
     calibration, gate = _texts(model, recipe, num_windows, num_gate, device, trust_remote_code, progress)
     data_hash = hash_tokens(torch.cat([calibration, gate]))

@@ -13,12 +13,12 @@ from bitwright.methods.model_task import ModelChange, ModelTask
 from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
+from bitwright.outcome import TRANSFORMS_FILE
 from bitwright.preparation import Job
 from bitwright.progress import Progress, no_progress
 from bitwright.records import write_json_atomic
 from bitwright.walk import FISHER
 
-NOTES = "transforms.json"
 MOST_KL = 0.01
 """A transformed model that differs by more nats per token has not kept its function: rounding to 16 bit stays below."""
 
@@ -34,7 +34,8 @@ def transformed(job: Job, work: Path, progress: Progress) -> tuple[StreamedModel
         VerificationError: the function has changed by more than rounding explains.
     """
     model, frame = job.model, None
-    notes = json.loads((work / NOTES).read_text(encoding="utf-8")) if (work / NOTES).is_file() else {}
+    file = work / TRANSFORMS_FILE
+    notes = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name in job.recipe.transforms:
         transform = TRANSFORMS[name]
         if transform.apply_model is None or transform.read_change is None:
@@ -55,7 +56,7 @@ def transformed(job: Job, work: Path, progress: Progress) -> tuple[StreamedModel
         )  # fmt: skip
         if name not in notes:
             notes[name] = change.notes | _invariance(job, model, work, name)
-            write_json_atomic(work / NOTES, notes)
+            write_json_atomic(file, notes)
         frame = _joined(frame, change)
     return model, frame
 

@@ -70,13 +70,14 @@ def rotate_model(task: ModelTask) -> ModelChange:
     ids = task.calibration[:PROOF_WINDOWS, :PROOF_TOKENS]
     plan = plan_rotation(model, ids, task.progress)
     rotation, notes = _choose(task, model, plan)
-    temporary = task.out.with_name(f".{task.out.name}.tmp")
+    temporary = task.out.with_name(f"{task.out.name}-unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _write(model, plan, rotation, temporary, task)
     (temporary / FOLDER).mkdir()
     save_tensors_atomic(temporary / FOLDER / FRAME, {"residual": rotation.residual.float().cpu().contiguous()})
     notes |= {
+        "what": _described(options.kind, plan),
         "head_rotations": sum(len(roles.heads) for roles in plan.blocks),
         "reached": sorted(plan.readers),
     }
@@ -113,6 +114,10 @@ def rotates_online(recipe: Recipe) -> bool:
     return recipe.rotation.online and any(s is not None and s.activations is not None for s in schemes)
 
 
+def _described(kind: str, plan: RotationPlan) -> str:
+    return f"residual stream of width {plan.width} and heads rotated, {kind}, folded into the weights"
+
+
 def _goes_online(plan: Plan, site: str, parameter: str, reached: set[str] | frozenset[str]) -> bool:
     scheme = plan.sites[site].scheme
     return scheme is not None and scheme.activations is not None and parameter not in reached
@@ -134,7 +139,7 @@ def _choose(task: ModelTask, model: StreamedModel, plan: RotationPlan) -> tuple[
             errors.append(rounding_error(model, sampled, candidate, rounding))
             best = candidate if errors[-1] == min(errors) else best
             task.progress("rotation: seeds", seed + 1, options.seeds)
-    notes: dict[str, Any] = {"kind": options.kind, "seed_errors": errors}
+    notes: dict[str, Any] = {"rotation": options.kind, "seed_errors": errors}
     if options.kind == "learned":
         learned = learn(model, plan, best, rounding, task.calibration, steps=options.steps, progress=task.progress)
         best = learned.rotation

@@ -13,8 +13,8 @@ original instead of the text's own loss, and the best step by validation instead
 Legend: N windows, T tokens, D hidden size, S channels of a head, V vocabulary.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -28,7 +28,7 @@ from bitwright.methods.rotation_plan import rotated
 from bitwright.methods.rotation_proof import Rotation, RotationPlan
 from bitwright.methods.rotation_rounding import Rounding
 from bitwright.model.products import ReplacedProducts
-from bitwright.model.sites import Site
+from bitwright.model.sites import block_sites
 from bitwright.model.stream import StreamedModel
 from bitwright.progress import Progress
 
@@ -79,7 +79,7 @@ def learn(
     validation, training = calibration[:held], calibration[held:]
     training = training if len(training) else calibration
     batch = max(1, BATCH_TOKENS // calibration.shape[1])
-    with whole_in_memory(model) as whole:
+    with _whole_in_memory(model) as whole:
         loss_of = _Loss(model, whole, plan, rounding)
         current = start.to(model.device, torch.float32)
         best, best_step = current, 0
@@ -108,22 +108,14 @@ def require_memory(model: StreamedModel) -> None:
         )
 
 
-class whole_in_memory(AbstractContextManager[nn.Module]):
-    """Hold all of a streamed model."""
-
-    def __init__(self, model: StreamedModel) -> None:
-        self._model = model
-
-    def __enter__(self) -> nn.Module:
-        skeleton = self._model.skeleton
-        skeleton.load_outside(self._model.blocks_path)
-        skeleton.load(self._model.blocks_path)
-        return skeleton.model
-
-    def __exit__(self, *_: object) -> None:
-        skeleton = self._model.skeleton
-        skeleton.free(self._model.blocks_path)
-        skeleton.free_outside(self._model.blocks_path)
+@contextmanager
+def _whole_in_memory(model: StreamedModel) -> Generator[nn.Module]:
+    with model.outside():
+        model.skeleton.load(model.blocks_path)
+        try:
+            yield model.skeleton.model
+        finally:
+            model.skeleton.free(model.blocks_path)
 
 
 class _Loss:
@@ -132,13 +124,14 @@ class _Loss:
     def __init__(self, model: StreamedModel, whole: nn.Module, plan: RotationPlan, rounding: Rounding) -> None:
         self._whole, self._plan, self._rounding, self._device = whole, plan, rounding, model.device
         self._tensors = {name: p.detach() for name, p in whole.named_parameters(remove_duplicate=False)}
-        self._sites = model_sites(model)
+        blocks = {name: whole.get_submodule(name) for name in model.block_names}
+        self._sites = [site for name, block in blocks.items() for site in block_sites(block, name)]
 
     def __call__(self, rotation: Rotation, ids: Tensor) -> Tensor:
         ids = ids.to(self._device)
         with torch.no_grad():
             expected = log_softmax(self._whole(input_ids=ids, use_cache=False).logits.float(), -1)
-        weights = self._tensors | self._rotated(rotation)
+        weights = {**self._tensors, **self._rotated(rotation)}
         with ReplacedProducts(self._rounding.products(self._sites, weights)):
             out = functional_call(self._whole, weights, (), {"input_ids": ids, "use_cache": False}, tie_weights=False)
         found = log_softmax(out.logits.float(), -1)
@@ -154,13 +147,6 @@ class _Loss:
         for roles, heads in zip(self._plan.blocks, rotation.heads, strict=True):
             changed |= rotated(self._tensors, roles, rotation.residual, heads)
         return changed
-
-
-def model_sites(model: StreamedModel) -> list[Site]:
-    """All sites of all blocks."""
-    from bitwright.model.sites import block_sites
-
-    return [s for name in model.block_names for s in block_sites(model.skeleton.model.get_submodule(name), name)]
 
 
 def _descend(loss_of: _Loss, rotation: Rotation, ids: Tensor, rate: float) -> Rotation:

@@ -81,6 +81,23 @@ class KeptFact:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TransformFact:
+    """What one transform did to one block, or to the whole model where `block` is empty.
+
+    Attributes:
+        what: in a few words.
+        invariance: relative movement of the block's output.
+        invariance_kl: divergence of the whole model from the original, nats per token.
+    """
+
+    transform: str
+    block: str
+    what: str
+    invariance: Figure
+    invariance_kl: Figure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationFact:
     """One evaluation appended to the run later; the divergences are None without a reference."""
 
@@ -133,6 +150,7 @@ class Facts:
     blocks: tuple[BlockFact, ...]
     sites: tuple[SiteFact, ...]
     kept: tuple[KeptFact, ...]
+    transforms: tuple[TransformFact, ...]
     evaluations: tuple[EvaluationFact, ...]
     exports: tuple[ExportFact, ...]
 
@@ -177,6 +195,7 @@ def read_facts(path: Path) -> Facts:
         blocks=_read_all(BlockFact, by_kind, "block", run),
         sites=_read_all(SiteFact, by_kind, "site", run),
         kept=_read_all(KeptFact, by_kind, "kept", run),
+        transforms=_read_all(TransformFact, by_kind, "transform", run),
         evaluations=_read_all(EvaluationFact, by_kind, "evaluate", run),
         exports=_read_all(ExportFact, by_kind, "export", run),
     )

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from bitwright.reports import wording
-from bitwright.reports.facts import Facts, Figure, Results, SiteFact, is_finite, mapping_or_empty
+from bitwright.reports.facts import Facts, Figure, Results, SiteFact, TransformFact, is_finite, mapping_or_empty
 
 NUM_WORST = 10
 NUM_NAMED = 8
@@ -32,6 +32,17 @@ class Group:
     detail: str
     named: tuple[str, ...]
     others: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformRow:
+    """What a transform did, over all blocks where it did the same, and the most that anything moved by it."""
+
+    transform: str
+    what: str
+    where: str
+    invariance: Figure
+    invariance_kl: Figure
 
 
 def verdict(facts: Facts) -> list[str]:
@@ -210,6 +221,28 @@ def kept_groups(facts: Facts) -> list[Group]:
     for entry in facts.kept:
         reasons.setdefault(entry.reason, []).append(entry.site)
     return [_group(reason, wording.things(len(names), "site"), names) for reason, names in reasons.items()]
+
+
+def transforms(facts: Facts) -> list[TransformRow]:
+    """What transforms did, one row for what is alike."""
+    alike: dict[tuple[str, str, bool], list[TransformFact]] = {}
+    for fact in facts.transforms:
+        if fact.transform:
+            alike.setdefault((fact.transform, fact.what, not fact.block), []).append(fact)
+    return [
+        TransformRow(
+            transform=name,
+            what=what,
+            where="the whole model" if whole else wording.things(len({fact.block for fact in members}), "block"),
+            invariance=_largest([fact.invariance for fact in members]),
+            invariance_kl=_largest([fact.invariance_kl for fact in members]),
+        )
+        for (name, what, whole), members in alike.items()
+    ]
+
+
+def _largest(values: Sequence[Figure]) -> Figure:
+    return max((value for value in values if value is not None), default=None)
 
 
 def changed_groups(facts: Facts) -> list[Group]:
