@@ -21,15 +21,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = {
-    "W4A16-g128": ("W4A16-g128", "W4A16-g128-asym"),
-    "W4A16-g32": ("W4A16-g32", "W4A16-g32-asym"),
-    "W3A16-g128": ("W3A16-g128", "W3A16-g128-asym"),
-    "W2A16-g64": ("W2A16-g64", "W2A16-g64-asym"),
+    "W4A16-g128": ("W4A16-g128", "W4A16-g128-asym", "W4A16-g128-floatzero"),
+    "W4A16-g32": ("W4A16-g32", "W4A16-g32-asym", "W4A16-g32-floatzero"),
+    "W3A16-g128": ("W3A16-g128", "W3A16-g128-asym", "W3A16-g128-floatzero"),
+    "W2A16-g64": ("W2A16-g64", "W2A16-g64-asym", "W2A16-g64-floatzero"),
     "W8A8": ("W8A8",),
 }
 """What peers call a budget -> the schemes of ours that belong to it."""
-WEIGHT_METHODS = ("rtn", "gptq", "gptaq", "guided", "awq", "awq+gptq", "signround", "awq+signround", "block_ap", "auto")
-ASYMMETRIC_METHODS = ("rtn", "gptq", "awq", "hqq", "signround", "block_ap")
+DATA_FREE = str(ROOT / "recipes" / "data-free.yaml")
+WEIGHT_METHODS = ("rtn", "gptq", "gptaq", "guided", "awq", "awq+gptaq", "signround", "block_ap", "auto")
+ASYMMETRIC_METHODS = ("rtn", "gptq", "gptaq", "awq", "signround", "block_ap")
 INPUT_METHODS = ("rtn", "gptq", "gptaq", "awq+gptq", "smoothquant", "smoothquant+gptq", "llm_int8", "signround")
 
 
@@ -37,6 +38,8 @@ def methods_of(scheme: str) -> tuple[str, ...]:
     """Our methods for a scheme."""
     if scheme == "W8A8":
         return INPUT_METHODS
+    if scheme.endswith("-floatzero"):
+        return (DATA_FREE,)
     return ASYMMETRIC_METHODS if scheme.endswith("-asym") else WEIGHT_METHODS
 
 
@@ -49,7 +52,7 @@ def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     with ProgressBars(quiet=not sys.stderr.isatty()) as progress:
         for budget in args.budgets:
             for scheme in BUDGETS[budget]:
-                wanted = [m for m in methods_of(scheme) if not args.ours or m in args.ours]
+                wanted = [m for m in methods_of(scheme) if not args.ours or Path(m).stem in args.ours]
                 if not wanted:
                     continue
                 found = run_bench(

@@ -26,7 +26,7 @@ class GptqOptions:
     damp: float = 0.01
     block: int = 128
     act_order: bool = True
-    asymmetry: float = 0.25
+    asymmetry: float = 0.5
     guided_groups: int = 4
 
     def __post_init__(self) -> None:
