@@ -28,7 +28,7 @@ from bitwright.numerics.inputs import FloatColumns, InputQuantizer, QuantizedSit
 from bitwright.numerics.metrics import sqnr_db
 from bitwright.numerics.outliers import SparseOutliers, split_outliers
 from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.ranges import store_scale
+from bitwright.numerics.ranges import RangeMethod, store_scale
 from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.recipe import Plan, Recipe, SitePlan
@@ -120,7 +120,7 @@ class GroupSolver:
                 yield self._finish(stage, start, site, slice(0, site.out_features), found[site.name])
 
     def fake_quantize(
-        self, site: Site, weight: Tensor, mean_square: Tensor | None, *, method: str | None = None
+        self, site: Site, weight: Tensor, mean_square: Tensor | None, *, method: RangeMethod | None = None
     ) -> Tensor:
         """Round a weight [O, I] to nearest as the plan of its site says; see `stage.FakeQuantize`."""
         entry = self.plan.sites[site.name]
@@ -235,13 +235,13 @@ class GroupSolver:
         dtype: torch.dtype,
         weight_importance: Tensor | None = None,
         *,
-        method: str | None = None,
+        method: RangeMethod | None = None,
     ) -> AnyGrid:
         """Fit a grid to columns with E[x²] `mean_square`; `weight_importance` [O, I] adds to their importance."""
         assert entry.scheme is not None
         assert entry.granularity is not None
-        range_method = method or self.recipe.range_method_for(has_statistics=mean_square is not None)
-        importance = mean_square if range_method == "importance" else None
+        range_method = self.recipe.range_method_for(has_statistics=mean_square is not None)
+        importance = mean_square if method is not None or range_method == "importance" else None
         if weight_importance is not None:
             by_fisher = importance is None or self.recipe.importance == "fisher"
             importance = weight_importance if by_fisher else weight_importance * cast(Tensor, importance)
@@ -249,7 +249,7 @@ class GroupSolver:
             weight,
             format,
             entry.granularity,
-            method="mse" if range_method == "importance" else range_method,
+            method=method or ("mse" if range_method == "importance" else range_method),
             importance=importance,
             scale=_scale_format(entry.scheme.weights.scale, dtype),
         )

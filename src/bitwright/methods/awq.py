@@ -10,8 +10,8 @@ The loss is the squared error of the output of the closest module that holds all
 attention for q, k, v, the MLP for gate and up. Running it for every candidate would take most of the time. So it is run
 with one site rounded at a time, which tells how much an error of each site counts; the sum of the sites' own errors
 with these weights, for which the Gram matrix of the inputs is enough, ranks the candidates, and only the best few are
-run. A site alone, as o and down are, is judged by its own error. While scales are compared, ranges are not searched.
-The clip search of the paper follows when the codes are chosen: it is the importance-weighted range search
+run. A site alone, as o and down are, is judged by its own error. While scales are compared, ranges are searched
+coarsely. The clip search of the paper follows when the codes are chosen: it is the importance-weighted range search
 that every method here uses, on E[(x/s)²].
 
 Shapes: I in features, S channels of an edge, G groups of columns.

@@ -32,9 +32,8 @@ from bitwright.model.proof import in_float32
 from bitwright.model.sites import Site, SiteCalls, storage_key, weight_view
 from bitwright.model.structure import Edge
 from bitwright.numerics.inputs import InputTransform
+from bitwright.numerics.ranges import quick
 
-QUICK_RANGES = "minmax"
-"""How ranges are chosen while scales are compared: without search, which would take most of the time."""
 OBSERVED_BYTES = 1_000_000_000
 """Memory that may be taken by what is kept of one pass over the calibration text."""
 ROUNDINGS = 128
@@ -189,7 +188,7 @@ class GramLoss:
     def __call__(self, columns: Tensor | None) -> list[float]:
         """See `SitesLoss`."""
         errors = [
-            rounded_weight(self._stage, site, weight, columns).sub_(weight)
+            rounded_weight(self._stage, self._group, site, weight, columns).sub_(weight)
             for site, weight in zip(self._group.sites, self._weights, strict=True)
         ]
         return [float((error @ self._gram).mul_(error).sum()) for error in errors]
@@ -214,7 +213,7 @@ class RowsLoss:
             key = None if entry is None or entry.scheme is None else entry.scheme.activations
             if key not in inputs:
                 inputs[key] = rounded_inputs(self._stage, site, self._rows, columns)
-            found = inputs[key] @ rounded_weight(self._stage, site, weight, columns).T
+            found = inputs[key] @ rounded_weight(self._stage, self._group, site, weight, columns).T
             losses.append(float(found.sub_(expected).square_().sum()))
         return losses
 
@@ -231,7 +230,10 @@ class ParentLoss:
         """Return the squared error with weights W·s and inputs x/s quantized: of all sites, or of one only."""
         products = {
             site.name: _product(
-                self._stage, site, rounded_weight(self._stage, site, self._stage.weight(site), columns), columns
+                self._stage,
+                site,
+                rounded_weight(self._stage, self._group, site, self._stage.weight(site), columns),
+                columns,
             )
             for site in self._group.sites
             if only is None or site == only
@@ -255,11 +257,19 @@ def sites_loss(stage: BlockStage, group: ScalableGroup) -> SitesLoss:
     return RowsLoss(stage, group) if quantizes_inputs(stage, group.sites) else GramLoss(stage, group)
 
 
-def rounded_weight(stage: BlockStage, site: Site, weight: Tensor, columns: Tensor | None) -> Tensor:
-    """Return a weight [O, I] that is rounded after its columns were multiplied, for inputs as they are."""
+def rounded_weight(
+    stage: BlockStage, group: ScalableGroup, site: Site, weight: Tensor, columns: Tensor | None
+) -> Tensor:
+    """Return a weight [O, I] that is rounded after its columns were multiplied, for inputs as they are.
+
+    Ranges are searched over a few factors: over all would take most of the time, and no search would judge scales by
+    what clipping repairs anyway.
+    """
+    mean_square = group.seen.stats.mean_square
     if columns is None:
-        return stage.fake_quantize(site, weight, None, method=QUICK_RANGES)
-    return stage.fake_quantize(site, weight * columns, None, method=QUICK_RANGES).div_(columns)
+        return stage.fake_quantize(site, weight, mean_square, method=quick)
+    importance = None if mean_square is None else mean_square / columns.square()
+    return stage.fake_quantize(site, weight * columns, importance, method=quick).div_(columns)
 
 
 def rounded_inputs(stage: BlockStage, site: Site, x: Tensor, columns: Tensor | None) -> Tensor:

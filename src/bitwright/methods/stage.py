@@ -24,6 +24,7 @@ from bitwright.model.structure import BlockStructure, Edge
 from bitwright.numerics.grid import AnyGrid
 from bitwright.numerics.inputs import FloatColumns, InputQuantizer, InputTransform
 from bitwright.numerics.linalg import wide_dtype
+from bitwright.numerics.ranges import RangeMethod
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Plan, Recipe, SitePlan
 from bitwright.schemes import ActivationScheme
@@ -32,14 +33,17 @@ from bitwright.schemes import ActivationScheme
 class FakeQuantize(Protocol):
     """Rounds a weight as the plan of a site says, to the nearest code."""
 
-    def __call__(self, site: Site, weight: Tensor, mean_square: Tensor | None, *, method: str | None = None) -> Tensor:
+    def __call__(
+        self, site: Site, weight: Tensor, mean_square: Tensor | None, *, method: RangeMethod | None = None
+    ) -> Tensor:
         """Return the dense values [O, I] that `weight` [O, I] is rounded to.
 
         Args:
             site: whose scheme and range method apply.
             weight: float32.
             mean_square: [I] E[x²] of the inputs, for importance-weighted ranges; None for plain ones.
-            method: of choosing ranges, in place of the recipe's: a quick one for those that round very often.
+            method: of choosing ranges, in place of the recipe's: a quick one for those that round very often. It minds
+                `mean_square`.
         """
         ...
 

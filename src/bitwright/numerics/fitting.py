@@ -30,7 +30,7 @@ def fit(
     format: Format,
     granularity: Granularity,
     *,
-    method: str,
+    method: RangeMethod | str,
     importance: Tensor | None,
     scale: ScaleFormat,
 ) -> AnyGrid:
@@ -40,7 +40,7 @@ def fit(
         weight: not modified.
         format: a row of `FORMATS`.
         granularity: which weights share a scale or a table.
-        method: a name in `RANGE_METHODS`; learned tables always minimise the squared error.
+        method: a name in `RANGE_METHODS` or a method; learned tables always minimise the squared error.
         importance: [I] E[x_i²] of the inputs, or for codebooks also [O, I]; None when all weights count the same.
         scale: how scales are stored; its dtype is that of codebooks.
     Raises:
@@ -60,7 +60,7 @@ def _fit_levels(
     weight: Tensor,
     format: LevelFormat,
     granularity: Granularity,
-    method: str,
+    method: RangeMethod | str,
     importance: Tensor | None,
     scale: ScaleFormat,
 ) -> AnyGrid:
