@@ -20,27 +20,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = {
-    "W4A16-g128": ("W4A16-g128", "W4A16-g128-asym", "W4A16-g128-floatzero"),
-    "W4A16-g32": ("W4A16-g32", "W4A16-g32-asym", "W4A16-g32-floatzero"),
-    "W3A16-g128": ("W3A16-g128", "W3A16-g128-asym", "W3A16-g128-floatzero"),
-    "W2A16-g64": ("W2A16-g64", "W2A16-g64-asym", "W2A16-g64-floatzero"),
-    "W8A8": ("W8A8",),
-}
-"""What peers call a budget -> the schemes of ours that belong to it."""
 DATA_FREE = str(ROOT / "recipes" / "data-free.yaml")
-WEIGHT_METHODS = ("rtn", "gptq", "gptaq", "guided", "awq", "awq+gptaq", "signround", "block_ap", "auto")
-ASYMMETRIC_METHODS = ("rtn", "gptq", "gptaq", "awq", "signround", "block_ap")
-INPUT_METHODS = ("rtn", "gptq", "gptaq", "awq+gptq", "smoothquant", "smoothquant+gptq", "llm_int8", "signround")
-
-
-def methods_of(scheme: str) -> tuple[str, ...]:
-    """Our methods for a scheme."""
-    if scheme == "W8A8":
-        return INPUT_METHODS
-    if scheme.endswith("-floatzero"):
-        return (DATA_FREE,)
-    return ASYMMETRIC_METHODS if scheme.endswith("-asym") else WEIGHT_METHODS
+EVERY = ("rtn", "gptq", "gptaq", "awq", "signround", "block_ap", "auto")
+BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "W2A16-g64": {
+        "W2A16-g64": EVERY, "W2A16-g64-asym": ("gptq", "gptaq", "block_ap"), "W2A16-g64-floatzero": (DATA_FREE,),
+    },
+    "W3A16-g128": {"W3A16-g128": EVERY, "W3A16-g128-asym": ("gptq", "block_ap"), "W3A16-g128-floatzero": (DATA_FREE,)},
+    "W4A16-g128": {
+        "W4A16-g128": (*EVERY, "awq+gptaq"), "W4A16-g128-asym": ("gptq", "awq"), "W4A16-g128-floatzero": (DATA_FREE,),
+    },
+    "W8A8": {"W8A8": ("rtn", "gptq", "gptaq", "smoothquant", "smoothquant+gptq", "llm_int8")},
+    "W4A16-g32": {"W4A16-g32": ("rtn", "gptq", "gptaq", "awq", "block_ap")},
+}  # fmt: skip
+"""What peers call a budget -> the schemes of ours that belong to it -> the methods that each is measured with."""
 
 
 def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -51,8 +44,8 @@ def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with ProgressBars(quiet=not sys.stderr.isatty()) as progress:
         for budget in args.budgets:
-            for scheme in BUDGETS[budget]:
-                wanted = [m for m in methods_of(scheme) if not args.ours or Path(m).stem in args.ours]
+            for scheme, methods in BUDGETS[budget].items():
+                wanted = [m for m in methods if not args.ours or Path(m).stem in args.ours]
                 if not wanted:
                     continue
                 found = run_bench(
