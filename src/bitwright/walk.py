@@ -11,6 +11,7 @@ stopped and ends bit-identical.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -30,6 +31,7 @@ from bitwright.methods.stage import BlockStage
 from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.activations import Activations, batch_slices
 from bitwright.model.probe import propose, prove
+from bitwright.model.replay import Replay
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import BlockStructure, collection_passes
@@ -159,7 +161,8 @@ class Walk:
             stage, results, details, moments = self.quantize_block(block, index, streams, following)
             is_last = index + 1 == self.model.num_blocks
             for stream in ("gate",) if is_last else tuple({"gate", "calibration"} & streams.keys()):
-                self._propagate(self.model, block, index, streams[stream], following[stream])
+                replay = stage.replay if stream == "calibration" else None
+                self._propagate(self.model, block, index, streams[stream], following[stream], replay)
             written = self.writer.write_shard(
                 index, self.model.skeleton.stored_names(name), results, self._edited(stage)
             )
@@ -225,6 +228,12 @@ class Walk:
             stage.teacher_inputs, stage.targets = streams["teacher"], following["teacher"]
             if "cross" in self.needs:
                 stage.teacher = deepcopy(block)
+        methods = {entry.method for site in stage.sites if (entry := self.plan.sites[site]).method is not None}
+        # Methods that solve the whole block come last: until then nothing that reads their sites is finished.
+        if stage.inputs is not None and all(SOLVERS[method].solve_block is None for method in methods):
+            count = stage.inputs.shape[0]
+            stage.replay = Replay(block, stage.name, structure.sites, self.run.work, count)
+            stage.replay.finish(site for site in stage.sites if stage.planned(site) is None)
         return stage
 
     def _solve(self, stage: BlockStage, moments: dict[str, Tensor]) -> Iterator[tuple[Site, QuantizedSite, SiteResult]]:
@@ -241,6 +250,8 @@ class Walk:
                 together.update({name: stats[name] for name in waiting})
                 members = [sites[name] for name in group if name not in waiting]
                 yield from self.solver.solve(stage, members, stats[group[0]])
+            if stage.replay is not None:
+                stage.replay.finish(name for group in groups for name in group)
         yield from self.solver.solve_block(stage, [sites[name] for name in together], together)
 
     def _solver(self, site: str) -> Solver:
@@ -264,10 +275,17 @@ class Walk:
             yield partial(self.model.run_block, block, index, hidden)
 
     def _propagate(
-        self, model: StreamedModel, block: nn.Module, index: int, source: Activations, target: Activations
+        self,
+        model: StreamedModel,
+        block: nn.Module,
+        index: int,
+        source: Activations,
+        target: Activations,
+        replay: Replay | None = None,
     ) -> None:
         for start, end in batch_slices(source.shape[0], source.shape[1]):
-            hidden = model.run_block(block, index, source.read(start, end, model.device))
+            with nullcontext() if replay is None else replay.batch(start):
+                hidden = model.run_block(block, index, source.read(start, end, model.device))
             if not bool(torch.isfinite(hidden).all()):
                 raise VerificationError(
                     f"{model.block_names[index]}: its output is not finite after quantization. "

@@ -1,12 +1,16 @@
 """Hessians per group of output channels: against GPTQ on each group by itself, and whole runs."""
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from bitwright import pipeline
 from bitwright.calibration.collect import SiteStats
+from bitwright.demo import demo_model
 from bitwright.methods.gptq import gptq
 from bitwright.methods.guided import by_rows
 from bitwright.methods.solvers import SOLVERS, Problem
@@ -14,7 +18,11 @@ from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.ranges import fit_grid
-from bitwright.recipe import Recipe
+from bitwright.options import GptqOptions
+from bitwright.pipeline import quantize
+from bitwright.recipe import Calibration, Recipe
+from bitwright.schemes import Scheme
+from bitwright.walk import Walk
 
 NUM_ROWS, NUM_COLUMNS, NUM_TOKENS = 12, 20, 80
 UINT3 = IntegerFormat(bits=3, symmetric=False)
@@ -95,3 +103,45 @@ def test_constant_gradients_are_gptq_bit_for_bit_also_in_a_stack() -> None:
         assert solve is not None
         results.append(solve(weight, grid, problem).codes)
     assert torch.equal(results[0], results[1])
+
+
+def recipe_of(method: str, asymmetry: float = 0.5) -> Recipe:
+    return Recipe(
+        scheme=Scheme.parse("W3A16-g128"), method=method, gptq=GptqOptions(asymmetry=asymmetry, guided_groups=2),
+        calibration=Calibration(text="stdlib", num_samples=4, seqlen=64), max_kl=100.0,
+    )  # fmt: skip
+
+
+def result_of(recipe: Recipe, out: Path) -> str:
+    return str(quantize(demo_model(), recipe, out).results["result_hash"])
+
+
+def test_runs_without_asymmetry_are_those_of_gptq(tmp_path: Path) -> None:
+    expected = result_of(recipe_of("gptq"), tmp_path / "gptq")
+    assert result_of(recipe_of("gptaq", asymmetry=0.0), tmp_path / "none") == expected
+    assert result_of(recipe_of("gptaq"), tmp_path / "half") != expected
+
+
+@pytest.mark.parametrize("method", ["gptaq", "guided", "guided_gptaq"])
+def test_a_killed_run_ends_bit_identical(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = result_of(recipe_of(method), tmp_path / "whole")
+    block, measure, measured = Walk._block, pipeline.output_gradients, []
+
+    def killed(self: Walk, index: int, streams: object) -> object:
+        if index == 2:
+            raise KeyboardInterrupt
+        return block(self, index, streams)  # type: ignore[arg-type]
+
+    def counted(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        measured.append(args)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "output_gradients", counted)
+    monkeypatch.setattr(Walk, "_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(demo_model(), recipe_of(method), tmp_path / "killed")
+    monkeypatch.setattr(Walk, "_block", block)
+    resumed = quantize(demo_model(), recipe_of(method), tmp_path / "killed")
+    assert resumed.resumed_blocks == 2
+    assert resumed.results["result_hash"] == expected
+    assert len(measured) == (method != "gptaq"), "a resumed run finds the gradients of the first start"

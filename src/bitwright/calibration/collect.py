@@ -120,7 +120,7 @@ class SiteStats:
             observer.observe(rows)
         if self.quantizer is not None:
             rows = self.quantizer.quantize(rows).dequantize()
-        self.total += rows.sum(0, dtype=self.total.dtype)
+        self.total += rows.sum(0)
         if self.gram is not None:
             accumulate_gram(self.gram, rows)
             self.square_sum.copy_(self.gram.diagonal())

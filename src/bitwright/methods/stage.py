@@ -8,6 +8,7 @@ Legend: N windows, B of them in a batch, T tokens, D hidden size, O out features
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from bitwright.calibration.collect import SiteStats, Teacher, collect
 from bitwright.model.activations import Activations, batch_slices
 from bitwright.model.edits import named_tensors, num_channels, replace_tensors, scale_edge
+from bitwright.model.replay import Replay
 from bitwright.model.sites import Site, weight_view
 from bitwright.model.stream import StreamedModel
 from bitwright.model.structure import BlockStructure, Edge
@@ -89,6 +91,7 @@ class BlockStage:
         targets: [N, T, D] what the unquantized block makes of the unquantized prefix; None unless a method needs it.
         teacher: the block as the transforms left it, unquantized; None unless a method needs it.
         teacher_inputs: [N, T, D] what enters the teacher; None likewise.
+        replay: outputs of parts that are finished, for `collect`; None while everything may still change.
         input_transforms: site -> what happens to its inputs before they are quantized.
         float_columns: site -> [k] int64, columns that stay floats.
         edited: full names of the parameters that transforms have changed.
@@ -110,6 +113,7 @@ class BlockStage:
     targets: Activations | None = None
     teacher: nn.Module | None = None
     teacher_inputs: Activations | None = None
+    replay: Replay | None = None
     input_transforms: dict[str, InputTransform] = field(default_factory=dict[str, InputTransform])
     float_columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     edited: set[str] = field(default_factory=set[str])
@@ -187,10 +191,19 @@ class BlockStage:
             assert self.teacher is not None
             teacher = Teacher(block=self.teacher, run_batches=self._run_teacher)
         return collect(
-            self.block, list(self.structure.sites), groups, self.run_batches, with_gram=with_gram,
+            self.block, list(self.structure.sites), groups, self._replay_batches, with_gram=with_gram,
             calibrated=calibrated, transforms=self.input_transforms, float_columns=self.float_columns,
             quantizers=quantizers, teacher=teacher, weights=weights,
         )  # fmt: skip
+
+    def _replay_batches(self) -> Iterator[Callable[[], Tensor]]:
+        """Like `run_batches`; finished parts of the block, if any, need not run again."""
+        for start, end in self.batches():
+            yield partial(self._run_replayed, start, self.hidden(start, end))
+
+    def _run_replayed(self, start: int, hidden: Tensor) -> Tensor:
+        with nullcontext() if self.replay is None else self.replay.batch(start):
+            return self.model.run_block(self.block, self.index, hidden)
 
     def _run_teacher(self) -> Iterator[Callable[[], Tensor]]:
         """Yield one call per batch, which runs the unquantized block on what enters it in the unquantized model."""

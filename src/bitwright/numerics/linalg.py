@@ -10,7 +10,7 @@ MAX_DAMP = 0.25
 
 # Columns worked on at once where a matrix is triangular or symmetric: wide enough for a fast matrix product, narrow
 # enough to skip nearly all of the other triangle.
-STRIPE = 512
+STRIPE = 256
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
