@@ -44,9 +44,11 @@ def main() -> None:
                 model, work / name.replace(" ", "-"), schemes=[scheme], methods=wanted, text="stdlib:heldout",
                 calibration="stdlib", num_samples=SAMPLES, seqlen=SEQLEN, max_windows=WINDOWS,
             )  # fmt: skip
-            for record in found.records:
-                if record["kind"] == "cell" and record["scheme"] == scheme:
-                    rows.append({"model": name, "scheme": scheme, "method": record["method"], **record["figures"]})
+            rows += [
+                {"model": name, "scheme": scheme, "method": record["method"], **record["figures"]}
+                for record in found.records
+                if record["kind"] == "cell" and record["scheme"] == scheme
+            ]
     stem = f"outlier-methods_{given.model.name}_{date.today().isoformat()}"
     environment = Environment.capture()
     write_json_atomic(given.out / f"{stem}.json", {"environment": environment.to_mapping(), "rows": rows})
@@ -60,8 +62,8 @@ def page(rows: list[dict[str, Any]], name: str, factor: float, environment: Envi
     lines = [
         f"# Methods against outliers: {name}, four channels {factor:g} times louder, {date.today().isoformat()}",
         "",
-        f"`python benchmarks/outlier_methods.py --factor {factor:g}` on {environment.cpu}, {environment.num_cores} cores. "
-        f"{SAMPLES} calibration windows of {SEQLEN} tokens of the standard library's sources, {WINDOWS} windows of its "
+        f"`python benchmarks/outlier_methods.py --factor {factor:g}` on {environment.cpu}, {environment.num_cores} "
+        f"cores. {SAMPLES} calibration windows of {SEQLEN} tokens of the standard library's sources, {WINDOWS} windows of its "
         "held-out part. KL divergence from the model in nats per token ± standard error. Recovered: the share of what "
         "outliers cost round-to-nearest, from the original's loss to the test bed's, that a method takes back.",
         "",
