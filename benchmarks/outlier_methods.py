@@ -63,9 +63,9 @@ def page(rows: list[dict[str, Any]], name: str, factor: float, environment: Envi
         f"# Methods against outliers: {name}, four channels {factor:g} times louder, {date.today().isoformat()}",
         "",
         f"`python benchmarks/outlier_methods.py --factor {factor:g}` on {environment.cpu}, {environment.num_cores} "
-        f"cores. {SAMPLES} calibration windows of {SEQLEN} tokens of the standard library's sources, {WINDOWS} windows of its "
-        "held-out part. KL divergence from the model in nats per token ± standard error. Recovered: the share of what "
-        "outliers cost round-to-nearest, from the original's loss to the test bed's, that a method takes back.",
+        f"cores. {SAMPLES} calibration windows of {SEQLEN} tokens of the standard library's sources, {WINDOWS} windows "
+        "of its held-out part. KL divergence from the model in nats per token ± standard error. Recovered: the share "
+        "of what outliers cost round-to-nearest, from the original's loss to the test bed's, that a method takes back.",
         "",
         "| scheme | model | method | KL | recovered | of rtn's KL |",
         "|---|---|---|---|---|---|",
