@@ -242,7 +242,7 @@ def test_a_rotated_run_is_evaluated_and_exported_like_any_other(
     assert 0 < noted[0]["invariance_kl"] < 0.01  # the rounding of rotated weights to bfloat16
     online = [site for record in noted[1:] for site in record["sites"]]
     kinds = {site.rpartition(".")[2] for site in online}
-    assert kinds == ({"o_proj", "down_proj"} if scheme == "W4A4-channel" else set())
+    assert kinds == ({"down_proj"} if scheme == "W4A4-channel" else set())
     assert all(record["invariance"] < 1e-5 for record in noted[1:])
     other = tmp_path / "other.txt"
     other.write_text(" ".join(reversed(text.read_text().split())))

@@ -6,11 +6,13 @@ inputs and weights need fewer levels:
 
     R1   the residual stream             folded: random Hadamard matrices, the best of some seeds, or learned
     R2   values → outputs, per head      folded
-    R4   inputs of down projections      at inference (`online_hadamard`), where inputs are quantized; likewise across
-                                         the heads that enter output projections
+    R4   inputs of down projections      at inference (`online_hadamard`), where inputs are quantized; likewise of all
+                                         other weights that R1 and R2 do not reach
 
 What is folded costs nothing at inference and holds in any layout. R3, which turns queries and keys after the position
-embedding, changes only what a quantized cache of keys would hold: it comes with such a cache.
+embedding, changes only what a quantized cache of keys would hold: it comes with such a cache. QuaRot also rotates at
+inference across the heads that enter output projections; here turned heads count as reached, since on top of R2 that
+gained nothing where it was measured, and it costs at every token.
 
 The model that is written has the dtype of the original, into which every weight is rounded once.
 
@@ -79,7 +81,7 @@ def rotate_model(task: ModelTask) -> ModelChange:
     notes |= {
         "what": _described(options.kind, plan),
         "head_rotations": sum(len(roles.heads) for roles in plan.blocks),
-        "reached": sorted(plan.readers),
+        "reached": sorted(plan.reached),
     }
     write_json_atomic(temporary / FOLDER / NOTES, notes)
     temporary.replace(task.out)
@@ -152,7 +154,7 @@ def _online(task: ModelTask, model: StreamedModel, plan: RotationPlan) -> dict[s
     found: dict[str, InputTransform] = {}
     for name in model.block_names:
         for site in block_sites(model.skeleton.model.get_submodule(name), name):
-            if _goes_online(task.plan, site.name, site.parameter, plan.readers):
+            if _goes_online(task.plan, site.name, site.parameter, plan.reached):
                 found[site.name] = InputTransform(hadamard=block_size(site, task.recipe))
     return found
 

@@ -45,9 +45,10 @@ class RotationPlan:
     blocks: tuple[Roles, ...]
 
     @property
-    def readers(self) -> frozenset[str]:
-        """Parameters of blocks whose inputs turn with the residual stream."""
-        return frozenset(name for roles in self.blocks for name in roles.readers)
+    def reached(self) -> frozenset[str]:
+        """Parameters of blocks whose inputs are turned: those that read the residual stream, or turned heads."""
+        heads = (each.consumer for roles in self.blocks for each in roles.heads)
+        return frozenset([*(name for roles in self.blocks for name in roles.readers), *heads])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
