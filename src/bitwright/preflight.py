@@ -9,12 +9,12 @@ import psutil
 import torch
 
 from bitwright.errors import ResourceError
+from bitwright.methods.gatherer import STATISTICS_BYTES
 from bitwright.methods.solvers import SOLVERS
 from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.recipe import Plan
-from bitwright.walk import STATISTICS_BYTES
 
 DISK_MARGIN = 1.05
 HESSIAN_COPIES = 6

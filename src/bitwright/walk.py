@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibration.collect import SiteStats
-from bitwright.calibration.output_gradients import load_output_gradients
 from bitwright.errors import VerificationError
 from bitwright.evaluation.streamed import enter_all
 from bitwright.exporters.model_writer import ModelWriter, reread_equals
 from bitwright.group_solver import GroupSolver, SiteResult
-from bitwright.methods.solvers import SOLVERS, Need, Solver
+from bitwright.methods.gatherer import Gatherer
+from bitwright.methods.solvers import SOLVERS, Need
 from bitwright.methods.stage import BlockStage
 from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.activations import Activations, batch_slices
@@ -34,19 +34,16 @@ from bitwright.model.probe import propose, prove
 from bitwright.model.replay import Replay
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
-from bitwright.model.structure import BlockStructure, collection_passes
+from bitwright.model.structure import BlockStructure
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.numerics.inputs import QuantizedSite
 from bitwright.progress import Progress
 from bitwright.recipe import Plan, Recipe
 from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
-from bitwright.schemes import ActivationScheme
 
 FISHER = "fisher.safetensors"
 GUIDED = "guided.safetensors"
-STATISTICS_BYTES = 1_000_000_000
-"""Memory that the Hessians collected in one pass over a block may take; more sites than fit take more passes."""
 
 
 def needs_of(plan: Plan) -> frozenset[Need]:
@@ -105,6 +102,7 @@ class Walk:
         self._proofs: dict[str, BlockStructure] = {}
         self.resumed_blocks = int(run.journal().get("completed_blocks", 0))
         self.solver = GroupSolver(model.skeleton, recipe, plan, run.work / FISHER)
+        self.gatherer = Gatherer(recipe, plan, run.work / GUIDED)
         self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1, layouts)
 
     def execute(self) -> tuple[Activations, Activations]:
@@ -240,24 +238,19 @@ class Walk:
         """Quantize the sites in the order of their use, then those whose methods work on the whole block."""
         together: dict[str, SiteStats] = {}
         sites = stage.sites
-        for groups in self._passes(collection_passes(stage.structure), list(sites.values())):
-            stats = self._collect(stage, groups)
+        for groups in self.gatherer.passes(stage.structure):
+            stats = self.gatherer.collect(stage, groups)
             for group in groups:
                 mean_square = stats[group[0]].mean_square
                 if mean_square is not None:
                     moments[group[0]] = mean_square.cpu()
-                waiting = {name for name in group if self._solver(name).solve_block is not None}
+                waiting = {name for name in group if self.gatherer.solver(name).solve_block is not None}
                 together.update({name: stats[name] for name in waiting})
                 members = [sites[name] for name in group if name not in waiting]
                 yield from self.solver.solve(stage, members, stats[group[0]])
             if stage.replay is not None:
                 stage.replay.finish(name for group in groups for name in group)
         yield from self.solver.solve_block(stage, [sites[name] for name in together], together)
-
-    def _solver(self, site: str) -> Solver:
-        method = self.plan.sites[site].method
-        assert method is not None
-        return SOLVERS[method]
 
     def _edited(self, stage: BlockStage) -> dict[str, Tensor]:
         """The stored tensors that transforms have changed."""
@@ -292,53 +285,6 @@ class Walk:
                     "Use more bits or smaller groups for this block, or a wider --dtype."
                 )
             target.write(start, hidden)
-
-    def _passes(self, steps: list[tuple[tuple[str, ...], ...]], sites: list[Site]) -> Iterator[list[tuple[str, ...]]]:
-        """Cut each sub-step into passes whose Hessians fit the memory limit; keep only sites that are quantized."""
-        width = {site.name: site.in_features for site in sites}
-        for groups in steps:
-            batch: list[tuple[str, ...]] = []
-            used = 0
-            for group in groups:
-                wanted = tuple(name for name in group if self.plan.sites[name].scheme is not None)
-                if not wanted:
-                    continue
-                needed = 8 * width[wanted[0]] ** 2 * self._num_sums(wanted)
-                if batch and used + needed > STATISTICS_BYTES:
-                    yield batch
-                    batch, used = [], 0
-                batch.append(wanted)
-                used += needed
-            if batch:
-                yield batch
-
-    def _collect(self, stage: BlockStage, groups: list[tuple[str, ...]]) -> dict[str, SiteStats]:
-        if "calibration" not in self.texts:
-            return {name: SiteStats(transform=stage.input_transforms.get(name)) for group in groups for name in group}
-        names = [name for group in groups for name in group]
-        needs: set[Need] = {need for name in names for need in self._solver(name).needs}
-        return stage.collect(
-            groups,
-            with_gram="hessian" in needs,
-            calibrated=self._calibrated(groups),
-            with_cross="cross" in needs,
-            weights=load_output_gradients(self.run.work / GUIDED, names) if "guided" in needs else None,
-        )
-
-    def _num_sums(self, group: tuple[str, ...]) -> int:
-        """How many matrices [I, I] are collected for a group."""
-        guided = [name for name in group if "guided" in self._solver(name).needs]
-        crossed = any("cross" in self._solver(name).needs for name in group)
-        return 1 + crossed + len(guided) * self.recipe.gptq.guided_groups
-
-    def _calibrated(self, groups: list[tuple[str, ...]]) -> dict[str, ActivationScheme]:
-        """Sites whose inputs are quantized with scales from calibration."""
-        schemes = {name: self.plan.sites[name].scheme for group in groups for name in group}
-        return {
-            name: scheme.activations
-            for name, scheme in schemes.items()
-            if scheme is not None and scheme.activations is not None and scheme.activations.observer is not None
-        }
 
     def _check_shard(self, index: int, written: dict[str, Tensor]) -> None:
         shard = self.writer.shard_path(index)

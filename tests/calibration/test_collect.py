@@ -315,16 +315,20 @@ def test_cross_is_that_of_the_same_tokens_in_the_teacher() -> None:
         )  # fmt: skip
     assert (block.num_finished, teacher.num_finished) == (0, 0)
     for name in ("o", "down"):
-        inputs, target = captured[name], undrifted[name]
+        floats, target = captured[name], undrifted[name]
+        inputs = floats
         if name == "down":
-            inputs, target = inputs / scale, target / scale
-            inputs = quantizer.quantize(inputs.float()).dequantize().double()
+            floats, target = floats / scale, target / scale
+            inputs = quantizer.quantize(floats.float()).dequantize().double()
         found = stats[f"b.{name}"]
-        expected, bound = (target - inputs).T @ inputs, 48 * 2.0**-23 * (target.abs() + inputs.abs()).T @ inputs.abs()
+        bound = 48 * 2.0**-22 * (target.abs() + floats.abs() + inputs.abs()).T @ inputs.abs()
         assert found.cross is not None
-        assert bool(((found.cross - expected).abs() <= bound).all())
-        assert found.drift is not None
-        torch.testing.assert_close(found.drift, found.cross * (2 / 48))
+        assert bool(((found.cross - (target - floats).T @ inputs).abs() <= bound).all())
+        half = found.drift(0.5)
+        assert half is not None
+        expected = 2 / 48 * ((floats - inputs) + 0.5 * (target - floats)).T @ inputs
+        assert bool(((half - expected).abs() <= 2 / 48 * bound).all())
+        assert (found.drift(0.0) is None) == (name == "o")
         assert bool(((hessian_of(found) - 2 / 48 * inputs.T @ inputs).abs() <= 2 / 48 * 2 * gram_bound(inputs)).all())
 
 
@@ -332,7 +336,7 @@ def test_experts_have_neither_cross_nor_weights() -> None:
     """Routers may send them other tokens."""
     stats = SiteStats(is_routed=True)
     stats.add(torch.randn(5, WIDTH), with_gram=True)
-    assert (stats.cross, stats.drift, stats.guided) == (None, None, None)
+    assert (stats.cross, stats.drift(1.0), stats.guided) == (None, None, None)
 
 
 def test_a_site_that_is_called_twice_for_a_token_cannot_be_weighted() -> None:

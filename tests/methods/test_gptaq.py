@@ -64,19 +64,19 @@ def test_codes_are_those_of_rounding_column_by_column_towards_the_unquantized_ou
     hessian, drift = moments(x, original)
     grid = fit_grid(weight, INT3, GROUPS)
     order = torch.argsort(hessian.diagonal(), descending=True).tolist() if act_order else list(range(NUM_COLUMNS))
-    found = gptaq(weight, hessian, drift, grid, alpha=1.0, damp=DAMP, act_order=act_order)
+    found = gptaq(weight, hessian, drift, grid, damp=DAMP, act_order=act_order)
     assert torch.equal(found.codes, naive(weight, x, original, grid, order))
     assert not torch.equal(found.codes, gptq(weight, hessian, grid, damp=DAMP, act_order=act_order).codes)
 
 
-def test_the_target_is_the_least_squares_solution_and_alpha_goes_a_part_of_the_way() -> None:
+def test_the_target_is_the_least_squares_solution_and_a_part_of_the_drift_goes_a_part_of_the_way() -> None:
     weight, (x, original) = weight_of(), inputs()
     hessian, drift = moments(x, original)
     damping = ridge(hessian)
     expected = torch.linalg.solve(x.T @ x + damping, (weight @ original.T @ x + weight @ damping).T).T
-    whole = asymmetric_target(weight, hessian, drift, alpha=1.0, damp=DAMP)
+    whole = asymmetric_target(weight, hessian, drift, damp=DAMP)
     torch.testing.assert_close(whole, expected, rtol=1e-9, atol=1e-9)
-    half = asymmetric_target(weight, hessian, drift, alpha=0.5, damp=DAMP)
+    half = asymmetric_target(weight, hessian, 0.5 * drift, damp=DAMP)
     torch.testing.assert_close(half, (weight + expected) / 2, rtol=1e-9, atol=1e-9)
 
 
@@ -85,7 +85,7 @@ def test_it_is_closer_to_the_unquantized_output_than_gptq() -> None:
         weight, (x, original) = weight_of(), inputs(seed)
         hessian, drift = moments(x, original)
         grid = fit_grid(weight, INT3, GROUPS)
-        found, plain = gptaq(weight, hessian, drift, grid, alpha=1.0), gptq(weight, hessian, grid)
+        found, plain = gptaq(weight, hessian, drift, grid), gptq(weight, hessian, grid)
         losses = [
             float((r.dequantize(torch.float64) @ x.T - weight @ original.T).square().sum()) for r in (found, plain)
         ]
@@ -97,15 +97,15 @@ def test_no_asymmetry_and_no_drift_are_gptq_bit_for_bit() -> None:
     hessian, drift = moments(x, original)
     grid = fit_grid(weight, INT3, GROUPS)
     expected = gptq(weight, hessian, grid).codes
-    assert torch.equal(gptaq(weight, hessian, drift, grid, alpha=0.0).codes, expected)
-    assert torch.equal(gptaq(weight, hessian, torch.zeros_like(drift), grid, alpha=1.0).codes, expected)
+    assert torch.equal(gptaq(weight, hessian, None, grid).codes, expected)
+    assert torch.equal(gptaq(weight, hessian, torch.zeros_like(drift), grid).codes, expected)
 
 
 def test_the_result_does_not_depend_on_the_block_size() -> None:
     weight, (x, original) = weight_of(), inputs()
     hessian, drift = moments(x, original)
     grid = fit_grid(weight, INT3, GROUPS)
-    results = [gptaq(weight, hessian, drift, grid, alpha=0.5, block=block).codes for block in (1, 7, 24, 128)]
+    results = [gptaq(weight, hessian, drift, grid, block=block).codes for block in (1, 7, 24, 128)]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -115,16 +115,16 @@ def test_dead_columns_stay_out_of_it() -> None:
     x[:, dead] = 0.0
     hessian, drift = moments(x, original)
     live = [j for j in range(NUM_COLUMNS) if j not in dead]
-    found = asymmetric_target(weight, hessian, drift, alpha=1.0, damp=DAMP)
+    found = asymmetric_target(weight, hessian, drift, damp=DAMP)
     assert torch.equal(found[:, dead], weight[:, dead])
     assert not torch.equal(found[:, live], weight[:, live])
     zeros = torch.zeros_like(hessian)
-    assert torch.equal(asymmetric_target(weight, zeros, zeros, alpha=1.0, damp=DAMP), weight)
+    assert torch.equal(asymmetric_target(weight, zeros, zeros, damp=DAMP), weight)
 
 
 def test_nothing_given_is_modified() -> None:
     weight, (x, original) = weight_of(), inputs()
     given = [weight, *moments(x, original)]
     before = [tensor.clone() for tensor in given]
-    gptaq(*given, fit_grid(weight, INT3, GROUPS), alpha=1.0)
+    gptaq(*given, fit_grid(weight, INT3, GROUPS))
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, before, strict=True))

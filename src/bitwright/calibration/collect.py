@@ -29,14 +29,15 @@ class SiteStats:
         gram: Σ x xᵀ, [I, I] float64 where the device has it; None unless a method needs Hessians.
         square_sum: Σ x², [I] float64.
         total: Σ x, [I] float64.
-        cross: Σ (x' - x) xᵀ, [I, I] float64, x' the input of the same token in the unquantized model; None unless a
-            method needs it.
+        cross: Σ (x' - x) x̂ᵀ, [I, I] float64, x' the input of the same token in the unquantized model, x̂ what x is
+            rounded to; None unless a method needs it.
+        rounding: Σ (x - x̂) x̂ᵀ, [I, I] float64; None where inputs stay floats.
         guided: site -> Σ w x xᵀ per group of its output channels, [C, I, I] float64, w the token's squared end-loss
             gradient, 1 in the mean; None likewise.
         transform: what happens to inputs before anything is counted.
         float_columns: [k] int64, columns that stay floats: the codes see inputs of 0 there, and so do all sums.
-        quantizer: what inputs are rounded to, after the transform, before products are formed of them; None if they
-            stay floats.
+        quantizer: what inputs are rounded to, after the transform, before moments and products are formed of them;
+            None if they stay floats.
         observers: the ranges of the inputs, for each way in which they will be quantized with calibrated scales.
         is_routed: a router decides which tokens arrive (experts), so that there may be few or none.
     """
@@ -47,6 +48,7 @@ class SiteStats:
     square_sum: Tensor | None = None
     total: Tensor | None = None
     cross: Tensor | None = None
+    rounding: Tensor | None = None
     guided: dict[str, Tensor] | None = None
     transform: InputTransform | None = None
     float_columns: Tensor | None = None
@@ -82,10 +84,18 @@ class SiteStats:
             hessian.diagonal().copy_(diagonal)
         return hessian
 
-    @property
-    def drift(self) -> Tensor | None:
-        """(2/T) Σ (x' - x) xᵀ, [I, I]: see `cross`, in the units of the Hessian. None where it was not collected."""
-        return None if self.cross is None else self._averaged(self.cross)
+    def drift(self, asymmetry: float) -> Tensor | None:
+        """(2/T) Σ (t - x̂) x̂ᵀ, [I, I]: how targets t differ from the inputs x̂ that there are.
+
+        A target is the input before it was rounded, moved by the part `asymmetry` towards that of the unquantized
+        model. None where targets and inputs are the same.
+        """
+        parts = [] if self.rounding is None else [self.rounding]
+        parts += [] if self.cross is None or asymmetry == 0 else [asymmetry * self.cross]
+        if not parts or self.num_tokens == 0:
+            return None
+        drift = self._averaged(sum(parts[1:], start=parts[0]))
+        return drift * min(1.0, self.num_tokens / drift.shape[0]) if self.is_routed else drift
 
     def guided_hessians(self, site: str) -> Tensor | None:
         """(2/T) Σ w x xᵀ, [C, I, I], one for each group of a site's output channels. None where not collected."""
@@ -118,17 +128,21 @@ class SiteStats:
         assert self.total is not None
         for observer in self.observers.values():
             observer.observe(rows)
+        floats = rows
         if self.quantizer is not None:
             rows = self.quantizer.quantize(rows).dequantize()
         self.total += rows.sum(0)
         if self.gram is not None:
             accumulate_gram(self.gram, rows)
             self.square_sum.copy_(self.gram.diagonal())
+            if self.quantizer is not None:
+                self.rounding = _square(rows) if self.rounding is None else self.rounding
+                self.rounding += (floats - rows).T @ rows
         else:
             self.square_sum += rows.square().sum(0, dtype=self.square_sum.dtype)
         if target is not None:
             self.cross = _square(rows) if self.cross is None else self.cross
-            self.cross += (self._prepared(target) - rows).T @ rows
+            self.cross += (self._prepared(target) - floats).T @ rows
         if weights is not None:
             self._add_weighted(rows, weights)
         self.num_tokens += rows.shape[0]

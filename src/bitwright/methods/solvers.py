@@ -102,27 +102,34 @@ def _hqq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
 
 
 def _gptq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
-    hessian = problem.stats.hessian
-    assert hessian is not None
-    return gptq(weight, hessian, grid, **_sweep(grid, problem))
+    return _towards(weight, grid, problem, asymmetry=0.0)
 
 
 def _gptaq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
-    hessian, drift = problem.stats.hessian, problem.stats.drift
+    return _towards(weight, grid, problem, asymmetry=problem.recipe.gptq.asymmetry)
+
+
+def _towards(weight: Tensor, grid: AnyGrid, problem: Problem, *, asymmetry: float) -> QTensor:
+    """GPTQ; its target makes up for what the rounding of inputs does, and for a part of what the prefix has done."""
+    hessian = problem.stats.hessian
     assert hessian is not None
-    assert drift is not None
-    return gptaq(weight, hessian, drift, grid, alpha=problem.recipe.gptq.asymmetry, **_sweep(grid, problem))
+    return gptaq(weight, hessian, problem.stats.drift(asymmetry), grid, **_sweep(grid, problem))
 
 
 def _guided(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
-    return by_rows(weight, problem.guided_hessians, grid, partial(gptq, **_sweep(grid, problem)))
+    return _guided_towards(weight, grid, problem, asymmetry=0.0)
 
 
 def _guided_gptaq(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
-    hessian, drift, options = problem.stats.hessian, problem.stats.drift, problem.recipe.gptq
+    return _guided_towards(weight, grid, problem, asymmetry=problem.recipe.gptq.asymmetry)
+
+
+def _guided_towards(weight: Tensor, grid: AnyGrid, problem: Problem, *, asymmetry: float) -> QTensor:
+    hessian = problem.stats.hessian
     assert hessian is not None
-    assert drift is not None
-    return _guided(asymmetric_target(weight, hessian, drift, alpha=options.asymmetry, damp=options.damp), grid, problem)
+    drift, damp = problem.stats.drift(asymmetry), problem.recipe.gptq.damp
+    target = asymmetric_target(weight, hessian, drift, damp=damp)
+    return by_rows(target, problem.guided_hessians, grid, partial(gptq, **_sweep(grid, problem)))
 
 
 def _sweep(grid: AnyGrid, problem: Problem) -> dict[str, Any]:
