@@ -282,6 +282,28 @@ def test_mixture_of_experts(
     assert comparison["engine"] == "transformers"
 
 
+@pytest.mark.parametrize("method", ["gptaq", "guided", "guided_gptaq"])
+@pytest.mark.parametrize("num_samples", [8, 1])
+def test_experts_whose_tokens_cannot_be_matched_are_solved_by_gptq_and_say_so(
+    tiny_mixtral_dir: Path, text: Path, tmp_path: Path, method: str, num_samples: int
+) -> None:
+    calibration = {"text": str(text), "num_samples": num_samples, "seqlen": 16 if num_samples > 1 else 2}
+    pipeline.quantize(
+        tiny_mixtral_dir, recipe(text, scheme="W4A16-g16", method=method, calibration=calibration), tmp_path / "run"
+    )
+    sites = [each for each in read_jsonl(tmp_path / "run" / "5-records.jsonl") if each["kind"] == "site"]
+    experts = [site for site in sites if "experts" in site["site"]]
+    assert len(experts) == 16
+    for site in sites:
+        if site not in experts:
+            assert site["method"] == method
+        elif site["num_tokens"]:
+            assert (site["method"], site["reason"].startswith("an expert sees other tokens")) == ("gptq", True)
+        else:
+            assert (site["method"], site["reason"].startswith("no calibration token")) == ("rtn", True)
+    assert num_samples > 1 or any(site["num_tokens"] == 0 for site in experts)
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [

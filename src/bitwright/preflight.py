@@ -15,6 +15,7 @@ from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.recipe import Plan
+from bitwright.walk import needs_of
 
 DISK_MARGIN = 1.05
 HESSIAN_COPIES = 6
@@ -52,6 +53,7 @@ def estimate(
     seqlen: int,
     *,
     transforms: Iterable[str] = (),
+    guided_groups: int = 0,
 ) -> Estimate:
     """Predict sizes from shapes alone; `transforms` of the whole model write one each."""
     stored = model.skeleton.checkpoint.stored
@@ -67,7 +69,12 @@ def estimate(
         quantized_weights += weights
         replaced_bytes += weights * itemsize
     hidden = int(getattr(model.skeleton.model.config.get_text_config(), "hidden_size", 0))
-    work = 2 * (num_windows + 2 * num_gate) * seqlen * hidden * model.dtype.itemsize
+    needs = needs_of(plan)
+    # Every stream alternates between two files; one more holds what finished parts of a block put out.
+    num_hidden = 2 * (num_windows + 2 * num_gate) + num_windows + (2 * num_windows if "teacher" in needs else 0)
+    work = num_hidden * seqlen * hidden * model.dtype.itemsize
+    if "guided" in needs:
+        work += 4 * guided_groups * num_windows * seqlen * len(plan.quantized)
     models = sum(TRANSFORMS[name].apply_model is not None for name in transforms)
     return Estimate(
         model_bytes=model.skeleton.checkpoint.num_bytes - replaced_bytes + quantized_bits // 8,
@@ -114,7 +121,13 @@ def _memory(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows
             method = plan.sites[site.name].method
             if method is not None and SOLVERS[method].needs_hessian:
                 hessian = max(hessian, 8 * site.in_features**2)
-    inside = 2 * block_bytes + HESSIAN_COPIES * hessian + (STATISTICS_BYTES if _has_experts(sites) else 0)
+    needs = needs_of(plan)
+    # Many sums at a time, up to the limit of a pass; a copy of the block, for what it was.
+    sums = STATISTICS_BYTES if _has_experts(sites) or "guided" in needs else 0
+    rounds = any(entry.scheme is not None and entry.scheme.activations is not None for entry in plan.sites.values())
+    sums += hessian * (("cross" in needs) + rounds)
+    copies = 3 if "cross" in needs else 2
+    inside = copies * block_bytes + HESSIAN_COPIES * hessian + sums
     vocabulary = int(getattr(model.skeleton.model.config.get_text_config(), "vocab_size", 0))
     return WORKING_BYTES + max(inside, outside + LOGIT_COPIES * 4 * seqlen * vocabulary)
 

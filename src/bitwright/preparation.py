@@ -165,7 +165,10 @@ def prepare(
     num_gate = max(2, GATE_TOKENS // recipe.calibration.seqlen)
     num_windows = recipe.calibration.num_samples if recipe.calibration.text else 0
     seqlen = recipe.calibration.seqlen
-    needed = estimate(model, sites, plan, num_windows, num_gate, seqlen, transforms=recipe.transforms)
+    needed = estimate(
+        model, sites, plan, num_windows, num_gate, seqlen,
+        transforms=recipe.transforms, guided_groups=recipe.gptq.guided_groups,
+    )  # fmt: skip
     check(needed, run.path)
     calibration, gate = _texts(model, recipe, num_windows, num_gate, device, trust_remote_code, progress)
     data_hash = hash_tokens(torch.cat([calibration, gate]))
