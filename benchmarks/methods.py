@@ -38,6 +38,8 @@ BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
 
 def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Our cells, as rows."""
+    if args.known:
+        return known_rows(work / "ours" / "records")
     from bitwright.bench import run_bench
     from bitwright.cli.console import ProgressBars
 
@@ -57,6 +59,14 @@ def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
                 cells = [r for r in found.records if r["kind"] == "cell" and r["scheme"] == scheme]
                 rows += [our_row(budget, record) for record in cells]
     return rows
+
+
+def known_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the cells of ours that an interrupted run has finished."""
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    budgets = {scheme: budget for budget, schemes in BUDGETS.items() for scheme in schemes}
+    finished = [r for r in records if r["kind"] == "cell" and r["status"] == "done"]
+    return [our_row(budgets[record["scheme"]], record) for record in finished]
 
 
 def our_row(budget: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +102,8 @@ def run_theirs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     for cell in all_cells(args.peers or PEERS):
         budget = budget_of(cell.scheme)
         if budget not in args.budgets or cell.method in args.skip:
+            continue
+        if args.known and not any((work / "peers").glob(f"{cell.peer}-{cell.method}-{cell.scheme}-*.json")):
             continue
         [record] = run_peers(args.model, tokens, work / "peers", [cell], args.threads, seed=args.seed)
         row = {"budget": budget, "by": cell.peer, "method": cell.method, "scheme": cell.scheme}
@@ -135,6 +147,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", default="", help="all unless given")
     parser.add_argument("--skip", default="", help="methods of peers to leave out, such as those that take hours")
     parser.add_argument("--only-peers", action="store_true", help="measure peers, write no page")
+    parser.add_argument("--known", action="store_true", help="measure nothing: a page of the cells that are finished")
     parser.add_argument("--work", type=Path, help="build/methods-NAME unless given")
     args = parser.parse_args()
     for name in ("budgets", "ours", "peers", "skip"):
