@@ -75,8 +75,15 @@ def test_a_killed_run_makes_the_same_choice(
     tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "whole")
+    commit = automatic.RunDirectory.commit
+
+    def killed_after_the_first_block(run: automatic.RunDirectory, entry: dict[str, Any]) -> None:
+        if entry["completed_blocks"] > 1:
+            raise KeyboardInterrupt
+        commit(run, entry)
+
     with monkeypatch.context() as patch:
-        patch.setattr(automatic.RunDirectory, "commit", _killed)
+        patch.setattr(automatic.RunDirectory, "commit", killed_after_the_first_block)
         with pytest.raises(KeyboardInterrupt):
             pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
     chosen = json.loads((tmp_path / "killed" / "work" / automatic.CHOICE).read_text())
@@ -84,10 +91,6 @@ def test_a_killed_run_makes_the_same_choice(
     monkeypatch.setattr(automatic, "_Chooser", None)  # what is on disk must do
     pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
     assert tensors(tmp_path / "killed") == tensors(tmp_path / "whole")
-
-
-def _killed(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_candidates_that_are_refused_are_recorded(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
