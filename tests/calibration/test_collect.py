@@ -326,10 +326,13 @@ def test_cross_is_that_of_the_same_tokens_in_the_teacher() -> None:
         assert bool(((found.cross - (target - floats).T @ inputs).abs() <= bound).all())
         half = found.drift(0.5)
         assert half is not None
-        expected = 2 / 48 * ((floats - inputs) + 0.5 * (target - floats)).T @ inputs
+        trust = 1 - inputs.shape[1] / 48  # least squares fit as much of 48 tokens of noise
+        expected = trust * 2 / 48 * ((floats - inputs) + 0.5 * (target - floats)).T @ inputs
         assert bool(((half - expected).abs() <= 2 / 48 * bound).all())
         assert (found.drift(0.0) is None) == (name == "o")
         assert bool(((hessian_of(found) - 2 / 48 * inputs.T @ inputs).abs() <= 2 / 48 * 2 * gram_bound(inputs)).all())
+        found.num_tokens = inputs.shape[1]
+        assert found.drift(0.5) is None, "as many tokens as inputs can explain anything"
 
 
 def test_experts_have_neither_cross_nor_weights() -> None:

@@ -108,7 +108,7 @@ def test_constant_gradients_are_gptq_bit_for_bit_also_in_a_stack() -> None:
 def recipe_of(method: str, asymmetry: float = 0.5) -> Recipe:
     return Recipe(
         scheme=Scheme.parse("W3A16-g128"), method=method, gptq=GptqOptions(asymmetry=asymmetry, guided_groups=2),
-        calibration=Calibration(text="stdlib", num_samples=4, seqlen=64), max_kl=100.0,
+        calibration=Calibration(text="stdlib", num_samples=8, seqlen=64), max_kl=100.0,
     )  # fmt: skip
 
 

@@ -88,14 +88,14 @@ class SiteStats:
         """(2/T) Σ (t - x̂) x̂ᵀ, [I, I]: how targets t differ from the inputs x̂ that there are.
 
         A target is the input before it was rounded, moved by the part `asymmetry` towards that of the unquantized
-        model. None where targets and inputs are the same.
+        model. Fitted to I inputs, T tokens of noise alone would look explained by I/T: what is found counts in
+        proportion 1 - I/T. None where nothing is left, or targets and inputs are the same.
         """
         parts = [] if self.rounding is None else [self.rounding]
         parts += [] if self.cross is None or asymmetry == 0 else [asymmetry * self.cross]
-        if not parts or self.num_tokens == 0:
+        if not parts or self.num_tokens <= parts[0].shape[0]:
             return None
-        drift = self._averaged(sum(parts[1:], start=parts[0]))
-        return drift * min(1.0, self.num_tokens / drift.shape[0]) if self.is_routed else drift
+        return self._averaged(sum(parts[1:], start=parts[0])) * (1 - parts[0].shape[0] / self.num_tokens)
 
     def guided_hessians(self, site: str) -> Tensor | None:
         """(2/T) Σ w x xᵀ, [C, I, I], one for each group of a site's output channels. None where not collected."""
