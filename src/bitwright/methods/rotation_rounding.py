@@ -16,12 +16,10 @@ from bitwright.methods.stage import FakeQuantize
 from bitwright.model.products import Product
 from bitwright.model.sites import Site, StorageKey, storage_key
 from bitwright.numerics.inputs import InputTransform
+from bitwright.numerics.ranges import minmax
 from bitwright.numerics.ste import straight_through
 from bitwright.recipe import Plan
 from bitwright.schemes import ActivationScheme
-
-QUICK_RANGES = "minmax"
-"""Ranges are chosen anew for every weight and rotation that is tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -57,7 +55,8 @@ class Rounding:
             weight = weight.T if site.transposed else weight
             change = self.online.get(site.name)
             coded = weight if change is None else change.to_weight(weight)
-            coded = straight_through(coded, partial(self.fake_quantize, site, mean_square=None, method=QUICK_RANGES))
+            # Ranges are chosen anew for every rotation that is tried, so that a search would take most of the time.
+            coded = straight_through(coded, partial(self.fake_quantize, site, mean_square=None, method=minmax))
             product = partial(self._product, site, entry.scheme.activations, change, coded)
             found[storage_key(weight)] = product
         return found
