@@ -172,7 +172,7 @@ def main() -> None:
     circumstances = {
         "name": args.name, "calibration": Path(args.calibration).name, "text": Path(args.text).name,
         "samples": args.samples, "seqlen": args.seqlen, "windows": args.windows, "seed": args.seed,
-        "threads": args.threads, "machine": f"{environment.cpu}, {environment.num_cores} cores",
+        "threads": args.threads, "known": args.known, "machine": f"{environment.cpu}, {environment.num_cores} cores",
         "date": date.today().isoformat(),
     }  # fmt: skip
     machine = "".join(c if c.isalnum() else "-" for c in environment.cpu.lower()).strip("-")

@@ -12,6 +12,9 @@ SAME_METHOD = {
 }  # fmt: skip
 """Our method -> how the same method of a peer is called, before what says its variant (-asym, -v2 …)."""
 TIMED = ("gptq", "awq")
+UNFINISHED = (
+    "\nNot all cells were measured: this page shows those that were finished. The same command without --known goes on."
+)
 MARGINS = {"W3A16-g128": 0.10, "W2A16-g64": 0.10}
 """Where our best row is to be lower than the peers' best, and by how much."""
 
@@ -26,8 +29,12 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         f"--windows {c['windows']} --threads {c['threads']}` on {c['machine']}. Calibration: {c['samples']} windows of "
         f"{c['seqlen']} tokens of {c['calibration']} (seed {c['seed']}), the same ids for everybody. Judged on "
         f"{c['windows']} windows of {c['text']}: KL divergence from the original in nats per token ± standard error "
-        "over windows. Bits per weight count scales and zero points as stored. Seconds are of quantization alone, in a "
-        "process of its own with that many threads; other work shared the machine, so ratios mean more than values.",
+        "over windows. Bits per weight count scales and zero points as stored. Every cell is a process of its own. "
+        "Seconds of peers are from the loaded to the quantized model; ours are of the whole run: reading, checks, "
+        "calibration, writing and the gate. Peers' peak memory is of the quantization, ours of the whole process. Other "
+        "work shared the machine, up to ten times more than it has cores, so that seconds of different rows cannot be "
+        "compared.",
+        *([UNFINISHED] if c["known"] else []),
         "",
         "## Answers",
         "",
