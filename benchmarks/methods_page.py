@@ -31,9 +31,9 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         f"{c['windows']} windows of {c['text']}: KL divergence from the original in nats per token ± standard error "
         "over windows. Bits per weight count scales and zero points as stored. Every cell is a process of its own. "
         "Seconds of peers are from the loaded to the quantized model; ours are of the whole run: reading, checks, "
-        "calibration, writing and the gate. Peers' peak memory is of the quantization, ours of the whole process. Other "
-        "work shared the machine, up to ten times more than it has cores, so that seconds of different rows cannot be "
-        "compared.",
+        "calibration, writing and the gate. Peers' peak memory is of the quantization, ours of the whole process. "
+        "Other work shared the machine, up to ten times more than it has cores, so that seconds of different rows "
+        "cannot be compared.",
         *([UNFINISHED] if c["known"] else []),
         "",
         "## Answers",
