@@ -150,9 +150,9 @@ def paired(a: Row, b: Row) -> float:
     differences = [x - y for x, y in zip(a["window_kl"], b["window_kl"], strict=True)]
     mean = math.fsum(differences) / len(differences)
     variance = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-    return (
-        mean / math.sqrt(variance / len(differences)) if variance > 0 else math.copysign(math.inf, mean) * (mean != 0)
-    )
+    if variance == 0:
+        return math.copysign(math.inf, mean) if mean else 0.0
+    return mean / math.sqrt(variance / len(differences))
 
 
 def describe(row: Row) -> str:
