@@ -22,7 +22,7 @@ from bitwright.calibration.clipping import (
     squared_error,
 )
 from bitwright.calibration.histogram import HALF_BINS, Histogram
-from bitwright.numerics.formats import FORMATS, LevelFormat
+from bitwright.numerics.formats import FORMATS, LevelFormat, has_float_zero
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.inputs import static_grid
@@ -139,7 +139,8 @@ def test_level_tables_hold_exactly_what_a_format_represents(format: LevelFormat)
     assert torch.isin(format.snap(between, zero_point).double(), levels).all()
 
 
-@pytest.mark.parametrize("format", level_formats(), ids=lambda f: f.name)
+# Inputs have integer zero points, as engines do: a float one belongs to weights alone.
+@pytest.mark.parametrize("format", [f for f in level_formats() if not has_float_zero(f)], ids=lambda f: f.name)
 @pytest.mark.parametrize("ends", [(-3.0, 5.0), (-5.0, 3.0), (0.0, 0.7), (-1e-3, 0.0), (-0.3, 8.0)], ids=str)
 def test_simulated_grids_are_those_of_static_ranges(format: LevelFormat, ends: tuple[float, float]) -> None:
     low, high = (torch.tensor([end], dtype=torch.float64) for end in ends)

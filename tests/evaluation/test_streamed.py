@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitwright.evaluation import streamed
 from bitwright.evaluation.score import Score, Scorer
-from bitwright.evaluation.streamed import batch_slices, evaluate
+from bitwright.evaluation.streamed import evaluate
+from bitwright.model import activations
+from bitwright.model.activations import batch_slices
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.progress import no_progress
@@ -68,7 +69,7 @@ def test_streamed_figures_are_those_in_memory_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One window per batch, as in memory: matrix products of other shapes would round otherwise."""
-    monkeypatch.setattr(streamed, "TOKENS_PER_BATCH", SEQLEN)
+    monkeypatch.setattr(activations, "TOKENS_PER_BATCH", SEQLEN)
     reference = stream(tiny_llama_dir, dtype) if with_reference else None
     found = evaluate(stream(changed_dir, dtype), windows, tmp_path, no_progress, reference=reference)
     assert found == in_memory(changed_dir, windows, tiny_llama_dir if with_reference else None, dtype)
