@@ -1,7 +1,7 @@
 """Every method of ours and of every peer that installs, on one model, one set of calibration windows, one evaluator.
 
     python benchmarks/methods.py --name demo-model [--model DIR] [--calibration TEXT] [--text TEXT] [--samples 128]
-        [--seqlen 256] [--windows 64] [--threads 1] [--budgets W4A16-g128,...] [--ours ...] [--peers ...]
+        [--seqlen 256] [--windows 64] [--threads 2] [--budgets W4A16-g128,...] [--ours ...] [--peers ...]
 
 Ours run through `bitwright bench`, each cell in its own process; peers through `benchmarks/peers/run.py`, each in its
 own environment, on the token ids that ours were calibrated on. Both are judged on the same windows by the same code,
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -74,15 +73,22 @@ def our_row(budget: str, record: dict[str, Any]) -> dict[str, Any]:
     row = {"budget": budget, "by": "bitwright", "method": record["method"], "scheme": record["scheme"]}
     if record["status"] != "done":
         return {**row, "error": record["reason"]}
-    figures = ("bits_per_weight", "kl_mean", "kl_stderr", "perplexity", "seconds", "peak_memory_bytes", "window_kl")
-    found = {**record, **record.get("figures", {})}
-    return {**row, **{name: found[name] for name in figures}}
+    kept = ("bits_per_weight", "kl_mean", "kl_stderr", "perplexity", "window_kl")
+    figures = record["figures"]
+    return {
+        **row,
+        **{name: figures[name] for name in kept},
+        "seconds": figures["quantize_seconds"],
+        "seconds_total": figures["seconds"],
+        "memory_before_bytes": figures["quantize_held_bytes"],
+        "peak_memory_bytes": figures["quantize_peak_bytes"],
+    }
 
 
 def run_theirs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """The peers' cells, as rows, each judged once."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
-    from judge import judge
+    from judge import Judge
     from run import PEERS, all_cells, run_peers
 
     from bitwright.bench_worker import evaluation_windows
@@ -98,6 +104,7 @@ def run_theirs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     )[: args.samples]  # fmt: skip
     shared = {"text": args.text, "context": args.seqlen, "windows": args.windows, "trust_remote_code": False}
     windows = evaluation_windows(model, shared)
+    judge: Judge | None = None
     rows: list[dict[str, Any]] = []
     for cell in all_cells(args.peers or PEERS):
         budget = budget_of(cell.scheme)
@@ -112,11 +119,11 @@ def run_theirs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             continue
         cached = work / "peers" / f"{record['key']}-{args.windows}.score.json"
         if not cached.is_file():
-            with tempfile.TemporaryDirectory() as scratch:
-                scorer = judge(Path(record["directory"]), args.model, windows, Path(scratch))
+            judge = judge or Judge(args.model, windows, work)
+            scorer = judge.score(Path(record["directory"]))
             write_json_atomic(cached, {**asdict(scorer.result()), "window_kl": scorer.window_kl})
         score = json.loads(cached.read_text(encoding="utf-8"))
-        kept = ("bits_per_weight", "seconds", "peak_memory_bytes", "memory_before_bytes", "version")
+        kept = ("bits_per_weight", "seconds", "peak_memory_bytes", "memory_before_bytes", "seconds_total", "version")
         rows.append({**row, **{name: record[name] for name in kept}, **score})
     return rows
 
@@ -141,7 +148,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--budgets", default=",".join(BUDGETS))
     parser.add_argument("--ours", default="", help="methods; all unless given")
     parser.add_argument("--peers", default="", help="all unless given")

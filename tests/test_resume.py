@@ -59,9 +59,15 @@ def outcome_of(run: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
 
+TAKEN = (
+    "seconds", "quantize_seconds", "peak_memory_bytes", "quantize_held_bytes", "quantize_peak_bytes",
+)  # fmt: skip
+"""Results that no repetition can give again."""
+
+
 def figures_of(run: Path) -> dict[str, float]:
     results = json.loads((run / "run.json").read_text())["results"]
-    return {key: value for key, value in results.items() if key not in ("seconds", "peak_memory_bytes")}
+    return {key: value for key, value in results.items() if key not in TAKEN}
 
 
 def require_equal(run: Path, undisturbed: Path) -> None:

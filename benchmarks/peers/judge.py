@@ -1,7 +1,6 @@
 """Score what a peer made: its decoded weights, with this project's evaluator, against the original model."""
 
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitwright.errors import CheckpointError
 from bitwright.evaluation.score import Scorer
-from bitwright.evaluation.streamed import evaluate_windows
+from bitwright.evaluation.streamed import final_hidden, score_heads
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.numerics.inputs import InputQuantizer
@@ -58,24 +57,35 @@ class QuantizedInputsModel(StreamedModel):
             return super().run_block(block, index, hidden)
 
 
-def judge(cell_dir: Path, model_dir: Path, windows: Tensor, work: Path | None = None) -> Scorer:
-    """Judge the decoded model in `cell_dir` on windows [N, T], with KL divergence from the model in `model_dir`.
+class Judge:
+    """Scores decoded models on windows [N, T] by their KL divergence from one original.
 
     Args:
-        work: a folder for hidden states; a temporary one unless given.
-    Raises:
-        CheckpointError: peer.json asks for inputs that are not known here.
+        model_dir: the original, which runs over the windows once.
+        windows: what is judged on.
+        work: a folder for hidden states.
     """
-    if work is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return judge(cell_dir, model_dir, windows, Path(folder))
-    inputs = json.loads((cell_dir / "peer.json").read_text(encoding="utf-8"))["inputs"]
-    if inputs is not None and inputs not in INPUTS:
-        raise CheckpointError(f"{cell_dir}: inputs {inputs!r} are unknown. Use {', '.join(INPUTS)}.")
-    reference = open_model(model_dir, device="cpu", dtype="float32", trust_remote_code=False)
-    made = (
-        open_model(cell_dir, device="cpu", dtype="float32", trust_remote_code=False)
-        if inputs is None
-        else QuantizedInputsModel(cell_dir, INPUTS[inputs])
-    )
-    return evaluate_windows(made, windows, work, no_progress, reference=reference)
+
+    def __init__(self, model_dir: Path, windows: Tensor, work: Path) -> None:
+        self.windows, self.work = windows, work
+        self.reference = open_model(model_dir, device="cpu", dtype="float32", trust_remote_code=False)
+        self.expected = final_hidden(self.reference, windows, work / "judged-reference.bin", no_progress, "reference")
+
+    def score(self, cell_dir: Path) -> Scorer:
+        """Score the decoded model in `cell_dir`.
+
+        Raises:
+            CheckpointError: peer.json asks for inputs that are not known here.
+        """
+        inputs = json.loads((cell_dir / "peer.json").read_text(encoding="utf-8"))["inputs"]
+        if inputs is not None and inputs not in INPUTS:
+            raise CheckpointError(f"{cell_dir}: inputs {inputs!r} are unknown. Use {', '.join(INPUTS)}.")
+        made = (
+            open_model(cell_dir, device="cpu", dtype="float32", trust_remote_code=False)
+            if inputs is None
+            else QuantizedInputsModel(cell_dir, INPUTS[inputs])
+        )
+        hidden = final_hidden(made, self.windows, self.work / "judged-peer.bin", no_progress, "evaluate")
+        scorer = score_heads(made, hidden, self.windows, self.reference, self.expected)
+        hidden.delete()
+        return scorer

@@ -19,7 +19,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +235,7 @@ def main() -> int:
     if given.list:
         print(*cells, sep="\n")
         return 0
-    from judge import judge
+    from judge import Judge
 
     model = open_model(given.model, device="cpu", dtype="float32", trust_remote_code=False)
     tokens = text_sample(
@@ -244,6 +243,8 @@ def main() -> int:
     )
     windows = text_windows(model, given.text, given.seqlen, trust_remote_code=False)[: given.judged]
     failures = 0
+    given.work.mkdir(parents=True, exist_ok=True)
+    judge = Judge(given.model, windows, given.work)
     for cell in cells:
         [record] = run_peers(
             given.model,
@@ -259,8 +260,7 @@ def main() -> int:
         if "error" in record:
             print(f"{cell!s:46s} {record['error']}", flush=True)
             continue
-        with tempfile.TemporaryDirectory() as scratch:
-            score = judge(Path(record["directory"]), given.model, windows, Path(scratch)).result()
+        score = judge.score(Path(record["directory"])).result()
         print(
             f"{cell!s:46s} {record['bits_per_weight']:7.3f} bits  {record['seconds']:8.1f} s  "
             f"{(record['peak_memory_bytes'] - record['memory_before_bytes']) / 2**20:6.0f} MiB  KL {score.kl_mean:.5f}",

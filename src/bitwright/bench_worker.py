@@ -36,7 +36,8 @@ from bitwright.runs import RunDirectory
 
 RESULTS = (
     "bits_per_weight", "ideal_bits_per_weight", "model_bits_per_parameter", "size_bytes", "original_size_bytes",
-    "seconds", "peak_memory_bytes", "layouts", "result_hash",
+    "seconds", "quantize_seconds", "peak_memory_bytes", "quantize_held_bytes", "quantize_peak_bytes", "layouts",
+    "result_hash",
 )  # fmt: skip
 ORPHANED = 3
 
@@ -109,7 +110,7 @@ def _reference(
         "size_bytes": model.skeleton.checkpoint.num_bytes,
         "hidden_shape": list(hidden.shape),
     }
-    unfinished.replace(store)
+    hidden.move(store)
     record = {
         "kind": "reference", "slug": REFERENCE, "status": "done", "reason": None, "fingerprint": None,
         "asked": {**asked, "recipe": None, "calibration_hash": None}, "machine": _machine(), "figures": figures,

@@ -2,10 +2,7 @@
 
 import json
 import math
-import resource
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from bitwright.model.activations import Activations
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.preparation import Job
+from bitwright.process_memory import PeakMemory
 from bitwright.records import Environment, append_jsonl, write_json_atomic, write_text_atomic
 from bitwright.runs import RunDirectory
 from bitwright.walk import Walk
@@ -31,9 +29,24 @@ TRANSFORMS_FILE = "transforms.json"
 
 
 def conclude(
-    job: Job, run: RunDirectory, walk: Walk, gate: Activations, reference: Activations, seconds: float
+    job: Job,
+    run: RunDirectory,
+    walk: Walk,
+    gate: Activations,
+    reference: Activations,
+    seconds: float,
+    memory: PeakMemory,
 ) -> None:
     """Complete the model directory, measure the loss, write every artefact and mark the run finished.
+
+    Args:
+        job: what was asked.
+        run: where to.
+        walk: finished.
+        gate: last hidden states of the gate text in the quantized model.
+        reference: those in the original.
+        seconds: of this process since the command.
+        memory: since before the walk.
 
     Raises:
         VerificationError: what is on disk is not what was decided. A loss above the gate does not raise: the run is
@@ -45,7 +58,7 @@ def conclude(
     original = compare_heads(job.model, reference, job.gate, None, None)
     blocks = [_read_block(run, index) for index in range(job.model.num_blocks)]
     seconds += sum(block["seconds"] for block in blocks[: walk.resumed_blocks])
-    results = _results(job, run, blocks, score, original, seconds)
+    results = _results(job, run, blocks, score, original, seconds, memory)
     write_json_atomic(run.structure, {"blocks": [block["structure"] for block in blocks]})
     _write_stats(job, run)
     write_text_atomic(run.plan, job.plan.to_yaml())
@@ -91,7 +104,13 @@ def _read_block(run: RunDirectory, index: int) -> dict[str, Any]:
 
 
 def _results(
-    job: Job, run: RunDirectory, blocks: list[dict[str, Any]], score: Score, original: Score, seconds: float
+    job: Job,
+    run: RunDirectory,
+    blocks: list[dict[str, Any]],
+    score: Score,
+    original: Score,
+    seconds: float,
+    memory: PeakMemory,
 ) -> dict[str, Any]:
     checkpoint = job.model.skeleton.checkpoint
     sites = [site for block in blocks for site in block["sites"]]
@@ -117,17 +136,11 @@ def _results(
         "quantized_weights": num_weights,
         "num_parameters": num_parameters,
         "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "quantize_seconds": sum(block["seconds"] - block["checking_seconds"] for block in blocks),
+        "peak_memory_bytes": memory.whole_bytes,
+        "quantize_held_bytes": memory.held_bytes,
+        "quantize_peak_bytes": memory.since_bytes,
     }
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss of a process that another one started begins with the other's
-        return int(status.read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def gate_failure(loss: float, max_kl: float) -> str | None:

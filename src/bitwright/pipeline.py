@@ -35,6 +35,7 @@ from bitwright.preparation import (
     text_windows,
     vocabulary_size,
 )
+from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
@@ -128,6 +129,7 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: boo
             recipe, plan = choose(job, model, run.work, progress)
             job = replace(job, recipe=recipe, plan=plan)
         _measure_output_gradients(job, model, run, trust_remote_code, progress)
+        memory = PeakMemory()
         walk = _walk(job, model, frame, run, progress)
         gate, reference = walk.execute()
         if baseline is not None:
@@ -140,7 +142,7 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: boo
                 adopt(other, run)
                 job, walk = baseline, _walk(baseline, model, frame, run, progress)
                 gate, reference = rival_gate, rival_reference
-        conclude(job, run, walk, gate, reference, time.perf_counter() - begun)
+        conclude(job, run, walk, gate, reference, time.perf_counter() - begun, memory)
     except VerificationError as error:
         run.judge(str(error))
         raise

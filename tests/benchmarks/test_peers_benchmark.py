@@ -185,9 +185,10 @@ def cell_directory(folder: Path, inputs: str | None) -> Path:
 
 def test_the_judge_finds_no_divergence_in_unchanged_weights_and_some_in_8_bit_inputs(tmp_path: Path) -> None:
     windows = torch.randint(0, 2048, (2, 32), generator=torch.Generator().manual_seed(0))
-    plain = judging.judge(cell_directory(tmp_path / "plain", None), demo_model(), windows).result()
+    judge = judging.Judge(demo_model(), windows, tmp_path)
+    plain = judge.score(cell_directory(tmp_path / "plain", None)).result()
     assert plain.kl_mean == 0.0
-    inputs = judging.judge(cell_directory(tmp_path / "int8", "int8-per-token"), demo_model(), windows).result()
+    inputs = judge.score(cell_directory(tmp_path / "int8", "int8-per-token")).result()
     assert inputs.kl_mean > 0.0
     assert inputs.num_tokens == plain.num_tokens == 62
 

@@ -109,7 +109,7 @@ def test_progress_counts_blocks(tiny_llama_dir: Path, windows: Tensor, tmp_path:
 @pytest.mark.parametrize(
     ("num_windows", "seqlen", "expected"),
     [
-        (5, 2048, [(0, 2), (2, 4), (4, 5)]),
+        (5, 1024, [(0, 2), (2, 4), (4, 5)]),
         (2, 10_000, [(0, 1), (1, 2)]),
         (3, 16, [(0, 3)]),
         (0, 16, []),

@@ -1,7 +1,8 @@
-"""Hidden states of many windows, kept in a file that the operating system pages in and out.
+"""Hidden states of many windows, kept in a file and read a batch at a time.
 
-File-backed memory is the whole memory policy: it is as fast as RAM while there is room, and does not count against the
-process when there is none. Space is reserved at creation, so that a full disk is an error then and not a crash later.
+The file is the whole memory policy: the operating system's cache makes it as fast as RAM while there is room, and the
+process holds no more than a batch. Space is reserved at creation, so that a full disk is an error then and not a crash
+later.
 """
 
 import errno
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bitwright.errors import ResourceError
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 
 def batch_slices(num_windows: int, seqlen: int) -> list[tuple[int, int]]:
@@ -27,30 +28,51 @@ class Activations:
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
-        self.num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        self._window_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+        self.num_bytes = shape[0] * self._window_bytes
         _reserve(path, self.num_bytes)
-        size = torch.Size(shape).numel()
-        self._tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def read(self, start: int, end: int, device: torch.device) -> Tensor:
-        """Copy windows start … end to `device`."""
-        return self._tensor[start:end].to(device, copy=True)
+        """Windows start … end on `device`."""
+        hidden = torch.empty((end - start, *self.shape[1:]), dtype=self.dtype)
+        left = _bytes_of(hidden)
+        with self.path.open("rb", buffering=0) as handle:
+            handle.seek(start * self._window_bytes)
+            while left:
+                count = handle.readinto(left)
+                if not count:
+                    raise ResourceError(f"{self.path}: ends early. Delete the run directory's work folder.")
+                left = left[count:]
+        return hidden.to(device)
 
     def write(self, start: int, hidden: Tensor) -> None:
         """Store the hidden states of windows from `start` on."""
-        self._tensor[start : start + hidden.shape[0]] = hidden.to("cpu", self.dtype)
+        left = _bytes_of(hidden.to("cpu", self.dtype).contiguous())
+        with self.path.open("rb+", buffering=0) as handle:
+            handle.seek(start * self._window_bytes)
+            while left:
+                left = left[handle.write(left) :]
 
     def sync(self) -> None:
         """Force everything written to the disk."""
         with self.path.open("rb+") as handle:
             os.fsync(handle.fileno())
 
+    def move(self, path: Path) -> None:
+        """Rename the file, over one that there may be."""
+        self.path = self.path.replace(path)
+
     def delete(self) -> None:
         """Remove the file."""
         self.path.unlink(missing_ok=True)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor; numpy does not know bfloat16."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
 
 
 def _reserve(path: Path, num_bytes: int) -> None:
