@@ -27,10 +27,14 @@ BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "W3A16-g128": {"W3A16-g128": EVERY, "W3A16-g128-asym": ("gptq", "block_ap"), "W3A16-g128-floatzero": (DATA_FREE,)},
     "W4A16-g128": {
-        "W4A16-g128": (*EVERY, "awq+gptaq"), "W4A16-g128-asym": ("gptq", "awq"), "W4A16-g128-floatzero": (DATA_FREE,),
+        "W4A16-g128": (*EVERY, "awq+gptaq"), "W4A16-g128-asym": ("gptq", "gptaq", "awq"),
+        "W4A16-g128-floatzero": (DATA_FREE,),
     },
     "W8A8": {"W8A8": ("rtn", "gptq", "gptaq", "smoothquant", "smoothquant+gptq", "llm_int8")},
-    "W4A16-g32": {"W4A16-g32": ("rtn", "gptq", "gptaq", "awq", "block_ap")},
+    "W4A16-g32": {
+        "W4A16-g32": ("rtn", "gptq", "gptaq", "awq", "signround"), "W4A16-g32-asym": ("gptq", "gptaq", "awq"),
+    },
+    "W8A16": {"W8A16-g32": ("rtn", "gptq"), "W8A16": ("rtn", "gptq")},
 }  # fmt: skip
 """What peers call a budget -> the schemes of ours that belong to it -> the methods that each is measured with."""
 
@@ -132,8 +136,7 @@ def budget_of(scheme: str) -> str:
     """The budget that a peer's scheme is compared in: the widest that is not above it, of the same activations."""
     if scheme in BUDGETS:
         return scheme
-    bits = scheme[1]
-    return {"8": "W8A8", "4": "W4A16-g32", "3": "W3A16-g128", "2": "W2A16-g64"}.get(bits, "")
+    return {"8": "W8A16", "4": "W4A16-g32", "3": "W3A16-g128", "2": "W2A16-g64"}[scheme[1]]
 
 
 def parse() -> argparse.Namespace:

@@ -15,6 +15,8 @@ TIMED = ("gptq", "awq")
 UNFINISHED = (
     "\nNot all cells were measured: this page shows those that were finished. The same command without --known goes on."
 )
+TOLERANCE = 0.005
+"""Bits per weight that are still the same size."""
 MARGINS = {"W3A16-g128": 0.10, "W2A16-g64": 0.10}
 """Where our best row is to be lower than the peers' best, and by how much."""
 
@@ -80,8 +82,12 @@ def answers(rows: Sequence[Row]) -> list[str]:
 
 
 def best_answer(budget: str, ours: Sequence[Row], theirs: Sequence[Row]) -> str:
-    """Our lowest row against theirs; a row with more bits than the budget's own of ours does not count as a rival."""
-    mine, other = (min(side, key=lambda row: row["kl_mean"]) for side in (ours, theirs))
+    """Our lowest row against theirs; one with more bits than any of ours in the budget is in the table only."""
+    most = max(row["bits_per_weight"] for row in ours)
+    rivals = [row for row in theirs if row["bits_per_weight"] <= most + TOLERANCE]
+    if not rivals:
+        return f"{budget}: no peer has as few bits"
+    mine, other = (min(side, key=lambda row: row["kl_mean"]) for side in (ours, rivals))
     gain = 1 - mine["kl_mean"] / other["kl_mean"]
     reached = gain >= MARGINS.get(budget, 0.0)
     return (
