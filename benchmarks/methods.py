@@ -123,7 +123,8 @@ def run_theirs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             continue
         cached = work / "peers" / f"{record['key']}-{args.windows}.score.json"
         if not cached.is_file():
-            judge = judge or Judge(args.model, windows, work)
+            if judge is None:
+                judge = Judge(args.model, windows, work)
             scorer = judge.score(Path(record["directory"]))
             write_json_atomic(cached, {**asdict(scorer.result()), "window_kl": scorer.window_kl})
         score = json.loads(cached.read_text(encoding="utf-8"))

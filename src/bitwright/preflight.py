@@ -70,9 +70,12 @@ def estimate(
         replaced_bytes += weights * itemsize
     hidden = int(getattr(model.skeleton.model.config.get_text_config(), "hidden_size", 0))
     needs = needs_of(plan)
-    # Every stream alternates between two files; one more holds what finished parts of a block put out.
+    # Every stream alternates between two files; others hold what finished parts of a block put out (see `replay`).
     num_hidden = 2 * (num_windows + 2 * num_gate) + num_windows + (2 * num_windows if "teacher" in needs else 0)
     work = num_hidden * seqlen * hidden * model.dtype.itemsize
+    if model.device.type == "cpu":
+        widest = max((site.in_features for site in sites if plan.sites[site.name].scheme is not None), default=0)
+        work += num_windows * seqlen * (hidden + widest) * model.dtype.itemsize
     if "guided" in needs:
         work += 4 * guided_groups * num_windows * seqlen * len(plan.quantized)
     models = sum(TRANSFORMS[name].apply_model is not None for name in transforms)

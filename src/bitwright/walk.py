@@ -231,7 +231,9 @@ class Walk:
         # Methods that solve the whole block come last: until then nothing that reads their sites is finished.
         if stage.inputs is not None and all(SOLVERS[method].solve_block is None for method in methods):
             count = stage.inputs.shape[0]
-            stage.replay = Replay(block, stage.name, structure.sites, self.run.work, count)
+            # An accelerator computes a product sooner than a disk gives its input back.
+            on_cpu = self.model.device.type == "cpu"
+            stage.replay = Replay(block, stage.name, structure.sites, self.run.work, count, keep_inputs=on_cpu)
             stage.replay.finish(site for site in stage.sites if stage.planned(site) is None)
         return stage
 

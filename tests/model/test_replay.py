@@ -29,6 +29,13 @@ class Part(nn.Module):
         return out if self.beside is None else (out, *self.beside)
 
 
+class Scaled(Part):
+    """Does not put out what its last product does."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * 2
+
+
 class Block(nn.Module):
     def __init__(self, beside: tuple[Any, ...] | None, *, twice: bool = False) -> None:
         super().__init__()
@@ -106,7 +113,29 @@ def test_a_run_that_is_stopped_leaves_the_block_as_it_was(tmp_path: Path) -> Non
 
 def test_single_products_are_not_worth_a_file(tmp_path: Path) -> None:
     block = Block(None)
-    replay = Replay(block, "b", sites_of(block), tmp_path, NUM_WINDOWS)
+    replay = Replay(block, "b", sites_of(block), tmp_path, NUM_WINDOWS, keep_inputs=False)
     replay.finish(["b.attention.q"])
     run(block, replay, torch.randn(NUM_WINDOWS, 3, WIDTH))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("beside", [None, (None,)], ids=["tensor", "tuple"])
+@pytest.mark.parametrize("kind", [Part, Scaled])
+def test_all_that_is_left_of_a_part_is_its_last_product(kind: type[Part], beside: Any, tmp_path: Path) -> None:
+    if kind is Scaled and beside is not None:
+        pytest.skip("a tuple times two is another tuple")
+    block, x = Block(None), torch.randn(NUM_WINDOWS, 3, WIDTH)
+    block.attention = kind("q", "o", beside=beside)
+    replay = Replay(block, "b", sites_of(block), tmp_path, NUM_WINDOWS)
+    replay.finish(["b.attention.q"])
+    run(block, replay, x)  # while o is calibrated
+    with torch.no_grad():
+        block.attention.get_submodule("o").weight.mul_(3)
+        expected = torch.cat([block(part) for part in x.split(2)])
+    replay.finish(["b.attention.o"])
+    block.attention.num_runs = 0
+    assert torch.equal(run(block, replay, x), expected)
+    # The first batch shows whether the part ends in o; then o alone runs, unless something follows it.
+    assert block.attention.num_runs == (1 if kind is Part else 3)
+    assert torch.equal(run(block, replay, x), expected)
+    assert block.attention.num_runs == (1 if kind is Part else 3)

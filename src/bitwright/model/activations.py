@@ -72,7 +72,7 @@ class Activations:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor; numpy does not know bfloat16."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def _reserve(path: Path, num_bytes: int) -> None:
