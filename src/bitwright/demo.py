@@ -14,7 +14,8 @@ from bitwright.pipeline import evaluate, quantize
 from bitwright.preparation import open_model
 from bitwright.progress import Progress
 from bitwright.recipe import Calibration, Recipe
-from bitwright.reports.page import write_comparison, write_report
+from bitwright.reports.comparison import write_comparison
+from bitwright.reports.page import write_report
 from bitwright.schemes import Scheme
 
 CONFIGURATIONS = (

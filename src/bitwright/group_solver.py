@@ -33,6 +33,7 @@ from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.recipe import Plan, Recipe, SitePlan
 from bitwright.schemes import MODEL_SCALE, ActivationScheme, WeightScheme
+from bitwright.site_histogram import SiteHistogram, site_histogram
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +46,7 @@ class SiteResult:
         saturated: fraction of codes at the ends of the range.
         ideal_bits_per_weight: bits per weight if the codes were entropy coded, scales included.
         num_tokens: calibration tokens that reached the site.
+        histogram: of the weights as they were coded, and the levels of the grid; None where all weights are equal.
     """
 
     site: str
@@ -58,6 +60,7 @@ class SiteResult:
     ideal_bits_per_weight: float
     num_tokens: int
     reason: str
+    histogram: SiteHistogram | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -330,6 +333,7 @@ def _describe(site: Site, start: "_Start", quantized: QuantizedSite, weight: Ten
         ideal_bits_per_weight=ideal_bits_per_weight(result.codes, quantized.num_bits_total - result.num_code_bits),
         num_tokens=stats.num_tokens,
         reason=start.reason,
+        histogram=site_histogram(weight, result),
     )
 
 

@@ -24,6 +24,7 @@ from bitwright.runs import RunDirectory
 from bitwright.walk import Walk
 
 CALIBRATION_TOKENS = "calibration_tokens"
+GATE_TOKENS = "gate_tokens"
 TRANSFORMS_FILE = "transforms.json"
 """In the work folder: what transforms of the whole model noted, by name."""
 
@@ -154,7 +155,10 @@ def gate_failure(loss: float, max_kl: float) -> str | None:
 
 
 def _write_stats(job: Job, run: RunDirectory) -> None:
-    stats: dict[str, Tensor] = {CALIBRATION_TOKENS: job.calibration.to(torch.int32)}
+    stats: dict[str, Tensor] = {
+        CALIBRATION_TOKENS: job.calibration.to(torch.int32),
+        GATE_TOKENS: job.gate.to(torch.int32),
+    }
     for index in range(job.model.num_blocks):
         stats.update(
             {
@@ -192,6 +196,9 @@ def _write_records(job: Job, run: RunDirectory, blocks: list[dict[str, Any]], re
         for notes in block["transforms"]:
             append_jsonl(run.records, {**notes, "kind": "transform", "block": block["block"]})
         for site in block["sites"]:
+            histogram = site.pop("histogram", None)  # None, too, in blocks that an earlier version left
             append_jsonl(run.records, {"kind": "site", "block": block["block"], **site})
+            if histogram is not None:
+                append_jsonl(run.records, {"kind": "histogram", "site": site["site"], **histogram})
     for name in job.plan.kept:
         append_jsonl(run.records, {"kind": "kept", "site": name, "reason": job.plan.sites[name].reason})

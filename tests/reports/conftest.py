@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 RESULTS = {
     "kl_mean": 0.0521,
@@ -119,6 +121,46 @@ class ExampleRun:
             EXPORT,
         ]
 
+    def everything(self) -> list[dict[str, Any]]:
+        """Every kind of record that a report knows."""
+        first, second = "model.layers.0", "model.layers.1"
+        histogram = {"kind": "histogram", "low": -1.0, "high": 1.0, "levels": [-0.5, 0.0, 0.5]}
+        trial = {"kind": "auto", "block": first, "solvers": {}, "error": None, "refused": None}
+        mixed = {"solvers": {f"{first}.q_proj": "rtn"}, "composition": "gptq"}
+        sensitivity = {"kind": "sensitivity", "scheme": "W4A16-g128", "score": "fisher"}
+        repair = {"kind": "repair", "from": "W4A16-g128", "to": "W8A16-channel"}
+        chosen = "auto: gptq with gptq leaves error 0.012 here, gptq 0.012"
+        return [
+            *self.records(),
+            self.site(f"{second}.o_proj", block=second, output_sqnr_db=9.5, reason=chosen),
+            {**histogram, "site": f"{first}.q_proj", "counts": [1, 2, 60, 1]},
+            {**histogram, "site": f"{second}.o_proj", "counts": [5, 9, 9, 5], "levels": None},
+            {**trial, "composition": "gptq", "error": 0.012},
+            {**trial, "composition": "gptq", "block": second, "error": 0.022},
+            {**trial, "composition": "awq+gptq", "error": 0.015},
+            {**trial, "composition": "awq+gptq", "block": second, "error": 0.025},
+            {**trial, "composition": "lnq", "block": "", "refused": "it learns tables"},
+            {**trial, **mixed, "error": 0.011},
+            {**trial, **mixed, "block": second, "error": 0.023},
+            {**sensitivity, "site": f"{first}.q_proj", "value": 0.0125},
+            {**sensitivity, "site": f"{second}.q_proj", "value": 0.375},
+            {**repair, "step": 1, "site": f"{second}.o_proj", "kl_before": 0.8, "kl_after": 0.2},
+            {"kind": "generation", "prompt": "Once", "before": " upon a time", "after": " upon a hill"},
+            {"kind": "generation", "prompt": "Twice", "before": " over", "after": " over"},
+            {"kind": "speed", "device": "cpu", "decode_tokens_per_s": {"median": 21.5}, "decode_j_per_token": 0.75},
+            {"kind": "transform", "transform": "awq", "block": first, "what": "scaled", "invariance": 1e-6},
+        ]
+
+    def write_statistics(self) -> None:
+        """Mean squares of one group of sites, whose channel 2 is nine times as loud as the others."""
+        first = "model.layers.0"
+        mean_square = numpy.ones(8, dtype=numpy.float32)
+        mean_square[2] = 81.0
+        save_file({f"{first}.q_proj.mean_square": mean_square}, self.path / "2-stats.safetensors")
+        groups = [{"sites": [f"{first}.q_proj", f"{first}.down_proj"]}]
+        structure = {"blocks": [{"name": first, "groups": groups}]}
+        (self.path / "1-structure.json").write_text(json.dumps(structure), encoding="utf-8")
+
     def write(
         self,
         *,
@@ -140,3 +182,9 @@ class ExampleRun:
 @pytest.fixture
 def example(tmp_path: Path) -> ExampleRun:
     return ExampleRun(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def example_class() -> type[ExampleRun]:
+    """For fixtures that write runs of their own."""
+    return ExampleRun

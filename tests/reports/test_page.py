@@ -11,7 +11,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from bitwright.errors import ResourceError, RunError
-from bitwright.reports.page import write_comparison, write_report
+from bitwright.reports.comparison import write_comparison
+from bitwright.reports.page import write_report
 
 NUM_SCRIPTS = 4  # data, the page's own, plotly, and the call that draws
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -303,7 +304,7 @@ def test_comparison_shows_rows_and_links(tmp_path: Path) -> None:
     for figure in ("A & B", "4-bit GPTQ", "4.125", "2.00 MB", "3.238 ± 0.050", "0.0380 ± 0.0019", "98.1 %", "14.0 s"):
         assert figure in page.text
     assert notes[0] in page.text
-    assert [a["href"] for tag, a in page.tags if tag == "a"] == ["w4%20gptq/7-report.html"]
+    assert [a["href"] for tag, a in page.tags if tag == "a"] == ["#content", "w4%20gptq/7-report.html"]
     frontier, points = page.data["charts"]["pareto"]["data"]
     assert points["x"] == [4.125]
     assert points["y"] == [0.038]
@@ -325,7 +326,7 @@ def test_comparison_survives_absent_figures_and_hostile_links(tmp_path: Path) ->
     absent = {**dict.fromkeys(ROW), "name": ATTACK, "report": "javascript:alert(1)"}
     page = Page(write_comparison([absent], tmp_path / "p.html", title=ATTACK, notes=[ATTACK]))
     assert [tag for tag, _ in page.tags].count("script") == NUM_SCRIPTS
-    assert [a["href"] for tag, a in page.tags if tag == "a"] == ["javascript%3Aalert%281%29"]
+    assert [a["href"] for tag, a in page.tags if tag == "a"] == ["#content", "javascript%3Aalert%281%29"]
     assert page.data["charts"]["pareto"]["data"][1]["x"] == []
 
 

@@ -4,7 +4,6 @@ Exit codes: 0 good; 1 the result failed verification or a quality gate; 2 bad in
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -12,9 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from bitwright.cli.console import ProgressBars
+from bitwright.cli.advise_command import advise
+from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
+from bitwright.cli.diagnose_command import diagnose
+from bitwright.cli.report_command import report
+from bitwright.cli.search_command import search
+from bitwright.cli.sensitivity_command import sensitivity
+from bitwright.cli.tasks_command import tasks
 from bitwright.errors import BitwrightError
 
 INTERRUPTED = "interrupted; the same command resumes a quantize run or a grid"
@@ -67,9 +71,9 @@ def inspect(
             progress=progress,
         )
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     elif not quiet:
-        _print(*inspection_tables(found), *outlier_tables(found.activity))
+        show(*inspection_tables(found), *outlier_tables(found.activity))
 
 
 @app.command()
@@ -80,9 +84,9 @@ def formats(as_json: AsJson = False) -> None:
 
     rows = catalogue()
     if as_json:
-        _print_json([asdict(row) for row in rows])
+        print_json([asdict(row) for row in rows])
     else:
-        _print(formats_table(rows), width=CATALOGUE_WIDTH)
+        show(formats_table(rows), width=CATALOGUE_WIDTH)
 
 
 @app.command()
@@ -91,9 +95,9 @@ def methods(as_json: AsJson = False) -> None:
     from bitwright.cli.methods import methods_rows, methods_table
 
     if as_json:
-        _print_json(methods_rows())
+        print_json(methods_rows())
     else:
-        _print(methods_table())
+        show(methods_table())
 
 
 @app.command("testbed")
@@ -124,9 +128,9 @@ def plant(
             progress=progress,
         )
     if as_json:
-        _print_json(planted.to_json())
+        print_json(planted.to_json())
     elif not quiet:
-        _print(testbed_table(planted))
+        show(testbed_table(planted))
 
 
 @app.command()
@@ -178,14 +182,14 @@ def quantize(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
-            announce=lambda needed: None if quiet or as_json else _print(estimate_line(needed)),
+            announce=lambda needed: None if quiet or as_json else show(estimate_line(needed)),
         )
     if as_json:
-        _print_json({"run": str(result.run), "failure": result.failure, **result.results})
+        print_json({"run": str(result.run), "failure": result.failure, **result.results})
     elif not quiet:
-        _print(run_table(result))
+        show(run_table(result))
     if result.failure is not None:
-        _fail(f"{result.run}: {result.failure}", 1)
+        fail(f"{result.run}: {result.failure}", 1)
 
 
 @app.command()
@@ -218,8 +222,8 @@ def bench(
         result = run_bench(
             model,
             out,
-            schemes=_listed(schemes),
-            methods=_listed(methods),
+            schemes=listed(schemes),
+            methods=listed(methods),
             text=text,
             calibration=calibration,
             num_samples=samples,
@@ -234,11 +238,11 @@ def bench(
             progress=progress,
         )
     if as_json:
-        _print_json(result.records)
+        print_json(result.records)
     elif not quiet:
-        _print(grid_table(result), *grid_notes(result), f"page: {result.page}", width=CATALOGUE_WIDTH)
+        show(grid_table(result), *grid_notes(result), f"page: {result.page}", width=CATALOGUE_WIDTH)
     if result.problem is not None:
-        _fail(result.problem, 1)
+        fail(result.problem, 1)
 
 
 @app.command()
@@ -276,12 +280,12 @@ def evaluate(
         )
     entry = {**circumstances, **asdict(score)}
     if to_stdout:
-        _print_json(entry)
+        print_json(entry)
         return
     if json_file is not None:
         write_json_atomic(json_file, entry)
     if not quiet:
-        _print(score_table(score, circumstances))
+        show(score_table(score, circumstances))
 
 
 @app.command()
@@ -302,20 +306,9 @@ def export(
     with ProgressBars(quiet=quiet or as_json) as progress:
         comparison = write(run, to, out, verify=verify, trust_remote_code=trust_remote_code, progress=progress)
     if as_json:
-        _print_json({"out": str(out), **comparison})
+        print_json({"out": str(out), **comparison})
     elif not quiet:
-        _print(f"{out}: {_checked(comparison)}")
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Finished run directory.")],
-    out: Annotated[Path | None, typer.Option(help="HTML file; 7-report.html in the run unless given.")] = None,
-) -> None:
-    """Write one self-contained HTML file: what was done, what was lost and where, sizes and timings."""
-    from bitwright.reports.page import write_report
-
-    _print(str(write_report(run, out)))
+        show(f"{out}: {_checked(comparison)}")
 
 
 @app.command()
@@ -329,7 +322,7 @@ def demo(
 
     with ProgressBars(quiet=quiet) as progress:
         rows, page = run_demo(out, progress)
-    _print(demo_table(rows), f"report: {page}")
+    show(demo_table(rows), f"report: {page}")
 
 
 @app.command()
@@ -340,9 +333,13 @@ def doctor(as_json: AsJson = False) -> None:
 
     found = diagnose_installation()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        _print(doctor_table(found))
+        show(doctor_table(found))
+
+
+for command in (sensitivity, search, advise, tasks, diagnose, report):
+    app.command()(command)
 
 
 def main() -> None:
@@ -354,24 +351,19 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except BitwrightError as error:
-        _fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(INTERRUPTED, INTERRUPTED_STATUS)
+        fail(INTERRUPTED, INTERRUPTED_STATUS)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except OSError as error:
-        _fail(_describe_os_error(error), 2)
+        fail(_describe_os_error(error), 2)
     except _UsageError as error:
-        _fail(error.format_message(), 2)
+        fail(error.format_message(), 2)
     else:
         if status == INTERRUPTED_STATUS:  # newer typer turns Ctrl-C into this return value
-            _fail(INTERRUPTED, INTERRUPTED_STATUS)
+            fail(INTERRUPTED, INTERRUPTED_STATUS)
         sys.exit(status if isinstance(status, int) else 0)
-
-
-def _listed(given: list[str]) -> list[str]:
-    """The parts of options that hold several, separated by commas."""
-    return [part.strip() for each in given for part in each.split(",") if part.strip()]
 
 
 def _checked(comparison: dict[str, Any]) -> str:
@@ -391,23 +383,6 @@ def _describe_os_error(error: OSError) -> str:
     return (
         f"{place}{error.strerror or error}. Free space or choose a place that can be written; the same command resumes."
     )
-
-
-def _fail(message: str, status: int) -> None:
-    print(f"bitwright: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
-
-
-def _print(*things: Any, width: int | None = None) -> None:
-    console = Console()
-    if width is not None and not console.is_terminal:
-        console = Console(width=width)  # a pipe has no width of its own
-    for thing in things:
-        console.print(thing, soft_wrap=isinstance(thing, str), highlight=False)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
 
 
 if __name__ == "__main__":

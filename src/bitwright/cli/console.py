@@ -1,6 +1,10 @@
 """How the command line talks: progress with time left on stderr, results on stdout, errors in one line."""
 
+import json
+import sys
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -57,3 +61,28 @@ class ProgressBars:
         if task is None:
             task = self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(task, completed=done, total=total, visible=done < total)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Print one line to stderr and leave with an exit code."""
+    print(f"bitwright: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def show(*things: Any, width: int | None = None) -> None:
+    """Print texts and tables; `width` columns where the output has no width of its own."""
+    console = Console()
+    if width is not None and not console.is_terminal:
+        console = Console(width=width)
+    for thing in things:
+        console.print(thing, soft_wrap=isinstance(thing, str), highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print a result as JSON."""
+    print(json.dumps(value, indent=1))
+
+
+def listed(given: Sequence[str] | None) -> list[str]:
+    """The parts of options that hold several, separated by commas."""
+    return [part.strip() for each in given or () for part in each.split(",") if part.strip()]

@@ -5,9 +5,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bitwright.reports import charts, wording
+from bitwright.reports import pareto, wording
 from bitwright.reports.grid import GridRow, Record, grid_rows, reference_figures
 from bitwright.reports.page import write_page
+from bitwright.reports.plotting import plain
 
 CHARTS = {
     "kl": ("bits_per_weight", "kl_mean"),
@@ -55,7 +56,7 @@ def write_bench_page(records: Sequence[Record], out: Path) -> Path:
     reference = reference_figures(records)
     measured = [row for row in rows if row.figure("kl_mean") is not None]
     drawn = [{**row.figures, "method": row.method, "label": row_label(row)} for row in measured]
-    data = {"charts": {name: charts.grid_chart(drawn, x, y, reference) for name, (x, y) in CHARTS.items()}}
+    data = {"charts": {name: pareto.grid_chart(drawn, x, y, reference) for name, (x, y) in CHARTS.items()}}
     return write_page(
         "bench.html.j2", out, title=f"Grid of {_model_name(records)}", notes=circumstances(records), rows=rows,
         words=row_words, values=row_values, status=status_word, data=data,
@@ -118,7 +119,7 @@ def row_label(row: GridRow) -> str:
     lines[3] = "best of its scheme" if row.best else f"{row.distance} behind the best of its scheme"
     if row.reason is not None:
         lines.append(status_word(row))
-    return "<br>".join([f"<b>{charts.plain(row.scheme)} {charts.plain(row.method)}</b>", *lines])
+    return "<br>".join([f"<b>{plain(row.scheme)} {plain(row.method)}</b>", *lines])
 
 
 def _calibrations(records: Sequence[Record]) -> list[str]:

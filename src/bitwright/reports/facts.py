@@ -1,23 +1,19 @@
 """What a finished run recorded, read once and checked: run.json and 5-records.jsonl as typed facts.
 
-Both files are plain text that people open and sometimes edit. A figure that is absent or null becomes None ("not
-measured"), the texts `nan` and `inf` that stand for figures JSON has no word for become those floats, and anything else
-in the place of a figure is an error that names the file and the entry.
+Both files are plain text that people open and sometimes edit; see `entries` for what is made of each entry. What only
+some runs have (trials, repairs, samples of text …) is in `findings`.
 """
 
-import math
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from bitwright.errors import RunError
-from bitwright.records import read_jsonl
-from bitwright.runs import RUN_FILE, RunDirectory, open_run
-
-Figure = float | None
-T = TypeVar("T")
+from bitwright.reports.channels import ChannelFact, read_channels
+from bitwright.reports.entries import Figure, Records, figure, mapping_or_empty, read_entry
+from bitwright.reports.findings import Findings, read_findings
+from bitwright.runs import RUN_FILE, open_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +135,8 @@ class Facts:
         asked: model, recipe and hashes from run.json, as written.
         context: device, dtype, seed and environment from the records; empty if none was recorded.
         recorded: the headline figures as the records have them; None if they have none.
+        channels: how loud the input channels of each group of sites are; empty where nothing was calibrated.
+        findings: what only some runs have.
     """
 
     path: Path
@@ -153,6 +151,8 @@ class Facts:
     transforms: tuple[TransformFact, ...]
     evaluations: tuple[EvaluationFact, ...]
     exports: tuple[ExportFact, ...]
+    channels: tuple[ChannelFact, ...]
+    findings: Findings
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -162,7 +162,7 @@ class Facts:
     @property
     def max_kl(self) -> Figure:
         """The gate in nats per token."""
-        return _figure(self.recipe, "max_kl", f"{self.path / RUN_FILE}: recipe")
+        return figure(self.recipe, "max_kl", f"{self.path / RUN_FILE}: recipe")
 
     @property
     def figure(self) -> str:
@@ -182,70 +182,22 @@ def read_facts(path: Path) -> Facts:
     where = f"{path / RUN_FILE}: results"
     if not isinstance(info.get("results"), dict):
         raise RunError(f"{where}: missing. The file was changed by hand or is of another version; run again.")
-    by_kind = _records_by_kind(run)
-    recorded = _read_all(Results, by_kind, "quantize", run)
+    records = Records(run)
+    recorded = records.read(Results, "quantize")
     failure = info.get("failure")
     return Facts(
         path=path,
         failure=None if failure is None else str(failure),
         asked=mapping_or_empty(info.get("asked")),
-        context=next(iter(by_kind.get("context", [])), {}),
-        results=_read(Results, cast(dict[str, Any], info["results"]), where),
+        context=records.first("context"),
+        results=read_entry(Results, cast(dict[str, Any], info["results"]), where),
         recorded=recorded[0] if recorded else None,
-        blocks=_read_all(BlockFact, by_kind, "block", run),
-        sites=_read_all(SiteFact, by_kind, "site", run),
-        kept=_read_all(KeptFact, by_kind, "kept", run),
-        transforms=_read_all(TransformFact, by_kind, "transform", run),
-        evaluations=_read_all(EvaluationFact, by_kind, "evaluate", run),
-        exports=_read_all(ExportFact, by_kind, "export", run),
-    )
-
-
-def mapping_or_empty(value: object) -> Mapping[str, Any]:
-    """Return a mapping as it is, anything else as an empty one."""
-    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
-
-
-def is_finite(value: Figure) -> bool:
-    """Whether there is a figure, and it is a number that can be compared or drawn."""
-    return value is not None and math.isfinite(value)
-
-
-def _records_by_kind(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
-    by_kind: dict[str, list[dict[str, Any]]] = {}
-    for record in read_jsonl(run.records):
-        by_kind.setdefault(str(record.get("kind")), []).append(record)
-    return by_kind
-
-
-def _read_all(
-    kind: type[T], by_kind: Mapping[str, list[dict[str, Any]]], name: str, run: RunDirectory
-) -> tuple[T, ...]:
-    where = f"{run.records}: '{name}' record"
-    return tuple(_read(kind, record, f"{where} {n}") for n, record in enumerate(by_kind.get(name, []), start=1))
-
-
-def _read(kind: type[T], record: Mapping[str, Any], where: str) -> T:
-    """Build a fact from the entries of a record that it has fields for."""
-    values = {
-        field.name: _text(record, field.name) if field.type is str else _figure(record, field.name, where)
-        for field in fields(cast(Any, kind))
-    }
-    return kind(**values)
-
-
-def _text(record: Mapping[str, Any], key: str) -> str:
-    value = record.get(key)
-    return "" if value is None else str(value)
-
-
-def _figure(record: Mapping[str, Any], key: str, where: str) -> Figure:
-    value = record.get(key)
-    if value is None:
-        return None
-    if value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        with suppress(OverflowError):  # a whole number too large for a float
-            return float(value)
-    raise RunError(
-        f"{where}: {key} is {value!r}, not a number. The file was changed by hand or damaged; correct it or run again."
+        blocks=records.read(BlockFact, "block"),
+        sites=records.read(SiteFact, "site"),
+        kept=records.read(KeptFact, "kept"),
+        transforms=records.read(TransformFact, "transform"),
+        evaluations=records.read(EvaluationFact, "evaluate"),
+        exports=records.read(ExportFact, "export"),
+        channels=read_channels(run),
+        findings=read_findings(records),
     )

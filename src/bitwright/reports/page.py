@@ -4,19 +4,21 @@ Neither torch nor a model is needed, so a run made on a server is read on a lapt
 data; a content security policy in its head forbids the browser to fetch anything. The same run gives the same bytes.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from bitwright.records import write_text_atomic
-from bitwright.reports import charts, story, wording
+from bitwright.reports import channels, charts, outlook, story, trials, wording
 from bitwright.reports.facts import Facts, SiteFact, read_facts
+from bitwright.reports.site_map import site_details, site_map
 from bitwright.runs import RunDirectory
 
 FILTERS: Mapping[str, Callable[..., str]] = {
@@ -57,30 +59,20 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     order = {block.block: index for index, block in enumerate(facts.blocks)}
     for site in facts.sites:
         order.setdefault(site.block, len(order))
-    data = {"charts": _charts(facts, order), "sites": site_columns(facts.sites)}
+    data = {
+        "charts": _charts(facts, order),
+        "sites": site_columns(facts.sites),
+        "map": site_map(facts),
+        "details": site_details(facts, outlook.ranked_sites(facts)),
+    }
+    headline = {
+        "run": str(run), "failure": facts.failure, "asked": facts.asked, "results": asdict(facts.results),
+        "evaluations": [asdict(evaluation) for evaluation in facts.evaluations],
+    }  # fmt: skip
     return write_page(
-        "report.html.j2", target, facts=facts, results=facts.results, story=story, wording=wording, data=data
-    )
-
-
-def write_comparison(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str, notes: Sequence[str]) -> Path:
-    """Write a page that sets several results of one model side by side.
-
-    Args:
-        rows: one mapping per result with name, bits_per_weight, size_bytes, perplexity, perplexity_stderr, kl_mean and
-            kl_stderr (nats per token), same_top1 (fraction), seconds, and report: the path of its own report relative
-            to `out`, or None. A figure may be None. A KL of 0 marks the reference, which the chart leaves out.
-        out: the file.
-        title: the page's heading.
-        notes: sentences on how the figures came about.
-    Returns:
-        the file written.
-    Raises:
-        ResourceError: the file cannot be written; an earlier page is untouched.
-    """
-    shown = [{**row, "report": _link(row.get("report"))} for row in rows]
-    data = {"charts": {"pareto": charts.pareto_chart(rows)}}
-    return write_page("comparison.html.j2", out, title=title, notes=notes, rows=shown, wording=wording, data=data)
+        "report.html.j2", target, facts=facts, results=facts.results, story=story, outlook=outlook, wording=wording,
+        tried=trials.trials(facts), trials=trials, channels=channels, data=data, json=json_text(headline),
+    )  # fmt: skip
 
 
 def site_columns(sites: Sequence[SiteFact]) -> dict[str, Any]:
@@ -95,6 +87,7 @@ def site_columns(sites: Sequence[SiteFact]) -> dict[str, Any]:
 
 
 def _charts(facts: Facts, order: Mapping[str, int]) -> dict[str, Any]:
+    of_block = {site.site: site.block for site in facts.sites}
     drawn = {
         "depth": charts.depth_chart(facts.blocks),
         "time": charts.time_chart(facts.blocks),
@@ -102,6 +95,10 @@ def _charts(facts: Facts, order: Mapping[str, int]) -> dict[str, Any]:
     }
     if facts.figure != "weight_sqnr_db":
         drawn["weights"] = charts.site_chart(facts.sites, order, "weight_sqnr_db")
+    if facts.findings.trials:
+        drawn["trials"] = charts.trial_chart(facts.findings.trials, order)
+    if facts.channels:
+        drawn["channels"] = charts.channel_chart(facts.channels, order, of_block)
     return drawn
 
 
@@ -111,9 +108,19 @@ def _rounded(value: float | None, digits: int) -> float | int | None:
     return round(value, digits) if digits else round(value)
 
 
-def _link(report: str | None) -> str | None:
-    """A relative path as a URL: whatever could be read as a scheme or a query is quoted."""
-    return None if report is None else quote(report, safe="/")
+def json_text(value: object) -> str:
+    """Readable JSON, with null for what is not finite."""
+    return json.dumps(_without_specials(value), indent=1, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _without_specials(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _without_specials(item) for key, item in cast(Mapping[object, object], value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_specials(item) for item in cast(Sequence[object], value)]
+    return value
 
 
 def write_page(template: str, out: Path, **values: Any) -> Path:

@@ -7,7 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 from bitwright.reports import wording
-from bitwright.reports.facts import Facts, Figure, Results, SiteFact, TransformFact, is_finite, mapping_or_empty
+from bitwright.reports.entries import Figure, is_finite, mapping_or_empty
+from bitwright.reports.facts import Facts, Results, SiteFact, TransformFact
+from bitwright.reports.outlook import ranked_sites
+from bitwright.reports.trials import REASON
 
 NUM_WORST = 10
 NUM_NAMED = 8
@@ -67,9 +70,14 @@ def verdict(facts: Facts) -> list[str]:
 
 def heading(facts: Facts) -> str:
     """The run in a few words: the last part of the model's path or hub id, the scheme and the method."""
-    name = str(facts.asked.get("model", "")).rstrip("/").rsplit("/", 1)[-1] or "a model"
+    name = model_name(facts)
     scheme, method = facts.recipe.get("scheme"), facts.recipe.get("method")
     return name + (f" in {scheme}" if scheme else "") + (f" by {method}" if method else "")
+
+
+def model_name(facts: Facts) -> str:
+    """The last part of the model's path or hub id."""
+    return str(facts.asked.get("model", "")).rstrip("/").rsplit("/", 1)[-1] or "a model"
 
 
 def _saving(r: Results) -> str:
@@ -168,9 +176,8 @@ def plain(value: object) -> str:
 
 
 def worst(facts: Facts) -> list[SiteFact]:
-    """The sites with the lowest signal to noise by `facts.figure`, worst first; sites without that figure left out."""
-    ranked = [site for site in facts.sites if is_finite(getattr(site, facts.figure))]
-    return sorted(ranked, key=lambda site: getattr(site, facts.figure))[:NUM_WORST]
+    """The sites with the largest error, worst first."""
+    return ranked_sites(facts)[:NUM_WORST]
 
 
 def site_sentence(site: SiteFact) -> str:
@@ -247,6 +254,15 @@ def _largest(values: Sequence[Figure]) -> Figure:
 
 def changed_groups(facts: Facts) -> list[Group]:
     """Sites whose recorded reason is more than `recipe`: by a rule, with another group size, or by another method."""
+    return [group for group in _groups_by_reason(facts) if not group.reason.startswith(REASON)]
+
+
+def chosen_groups(facts: Facts) -> list[Group]:
+    """Sites whose method auto chose, by its reason."""
+    return [group for group in _groups_by_reason(facts) if group.reason.startswith(REASON)]
+
+
+def _groups_by_reason(facts: Facts) -> list[Group]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for site in facts.sites:
         if site.reason != PLAIN_REASON:

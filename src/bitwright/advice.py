@@ -1,0 +1,211 @@
+"""Which scheme and method for this model in that place: the questions that everybody asks, answered with its figures.
+
+Sizes come from shapes and are exact but for what methods add. Speeds are bounds of a roofline: no engine is faster.
+What would need text, a training run or a device is not guessed; the answer then says what to run to know it.
+"""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitwright.advice_answers import MEMORY_SHARE, Answer, Data, Option, Situation, answers_of, choose, method_for
+from bitwright.errors import RecipeError, ShapeError
+from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.stream import StreamedModel
+from bitwright.schemes import Scheme
+from bitwright.search.cost import Workload, memory, speed
+from bitwright.search.cpu_profile import find_hardware
+from bitwright.search.hardware import Hardware
+from bitwright.search.model_shape import ModelShape, shape_of_config, shape_of_model
+from bitwright.search.proxies import sampled_sqnr_db
+from bitwright.search.scenarios import MENU, SCENARIOS
+from bitwright.search.stored_size import exported_bytes, site_bytes
+
+NO_WEIGHTS_NAME = "MODEL"
+"""Stands in commands for a directory with the weights, where only a configuration was given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """What `bitwright advise` says.
+
+    Attributes:
+        model: as it was given.
+        num_parameters: of the model.
+        scenario: its name.
+        hardware: name of the device; None without one.
+        work: what it is used for.
+        options: every scheme of the menu, 16 bit first.
+        answers: to the questions, in order.
+        scheme: the one to use; None where nothing fits.
+        commands: to run next, in order.
+        notes: what to know before believing a figure.
+    """
+
+    model: str
+    num_parameters: int
+    scenario: str
+    hardware: str | None
+    work: Workload
+    options: tuple[Option, ...]
+    answers: tuple[Answer, ...]
+    scheme: str | None
+    commands: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def advise(
+    source: str | Path,
+    *,
+    scenario: str,
+    hardware: str | None = None,
+    context: int | None = None,
+    prompt: int | None = None,
+    batch: int | None = None,
+    kv_bits: float = 16.0,
+    data: Data = "some",
+    max_loss: float | None = None,
+    trust_remote_code: bool = False,
+) -> Advice:
+    """Answer for one model in one place.
+
+    Args:
+        source: model directory, or a configuration without weights: a config.json, its directory, or a hub id.
+        scenario: a name in `SCENARIOS`.
+        hardware: a profile's name or file, or `this-cpu`; the scenario's unless given.
+        context: tokens of prompt and answer; the scenario's, or the model's if that is less.
+        prompt: tokens of the prompt among these; half unless given.
+        batch: sequences at once; the scenario's unless given.
+        kv_bits: of a number in the cache, scales included.
+        data: calibration text there is: none, some (a hundred windows), lots (thousands).
+        max_loss: KL divergence in nats per token above which the result is to count as failed.
+        trust_remote_code: let the model's own code run.
+    Raises:
+        UnknownName: no such scenario or hardware.
+        CheckpointError: no model can be built.
+        RecipeError: numbers that cannot be.
+    """
+    place = SCENARIOS[scenario]
+    _check(context, prompt, batch, kv_bits, max_loss)
+    model = _open(source, trust_remote_code=trust_remote_code)
+    shape = shape_of_config(source, trust_remote_code=trust_remote_code) if model is None else shape_of_model(model)
+    name = hardware or place.hardware
+    device = None if name is None else find_hardware(name)
+    tokens = context or min(place.context, shape.max_context or place.context)
+    work = _workload(tokens, prompt, batch or place.batch, kv_bits)
+    proxies = {} if model is None else sampled_sqnr_db(model, [Scheme.parse(scheme) for scheme in MENU])
+    options = (_option(shape, None, work, device, {}), *(_option(shape, s, work, device, proxies) for s in MENU))
+    now = Situation(scenario=scenario, work=work, hardware=device, data=data, options=options)
+    chosen = choose(now)
+    scheme = None if chosen is None else chosen.scheme
+    return Advice(
+        model=str(source),
+        num_parameters=shape.num_parameters,
+        scenario=scenario,
+        hardware=None if device is None else device.name,
+        work=work,
+        options=options,
+        answers=tuple(answers_of(now, chosen)),
+        scheme=scheme,
+        commands=_commands(NO_WEIGHTS_NAME if model is None else str(source), scheme, now, name, max_loss),
+        notes=tuple(_notes(shape, now)),
+    )
+
+
+def _workload(context: int, prompt: int | None, batch: int, kv_bits: float) -> Workload:
+    if prompt is not None and prompt >= context:
+        raise RecipeError(f"--prompt {prompt} leaves no room for an answer in a context of {context}. Shorten it.")
+    return Workload(context=context, prompt=prompt, batch=batch, kv_bits=kv_bits)
+
+
+def _open(source: str | Path, *, trust_remote_code: bool) -> StreamedModel | None:
+    """The model, where there are weights on this machine."""
+    folder = Path(source)
+    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        return None
+    return StreamedModel(open_checkpoint(folder), trust_remote_code=trust_remote_code)
+
+
+def _option(
+    shape: ModelShape, name: str | None, work: Workload, device: Hardware | None, proxies: Mapping[str, float]
+) -> Option:
+    scheme = None if name is None else Scheme.parse(name)
+    try:
+        assignment = {} if scheme is None else shape.uniform(scheme)
+        size = exported_bytes(shape, assignment)
+    except (ShapeError, RecipeError) as error:
+        return Option(
+            scheme=name, size_bytes=None, bits_per_weight=None, memory=None, fits=None, speed=None, has_kernel=None,
+            sqnr_db=None, note=str(error),
+        )  # fmt: skip
+    used = memory(shape, assignment, work, device)
+    quantized = [site for site in shape.sites if scheme is None or assignment.get(site.name) is not None]
+    bits = 8 * sum(
+        site_bytes(site, assignment.get(site.name), shape.site_dtypes[site.name], shape.dtype) for site in quantized
+    )
+    found = None if device is None else speed(shape, assignment, work, device)
+    return Option(
+        scheme=name,
+        size_bytes=size,
+        bits_per_weight=bits / max(1, sum(site.out_features * site.in_features for site in quantized)),
+        memory=used,
+        fits=None if device is None else used.total_bytes <= MEMORY_SHARE * device.memory_bytes,
+        speed=found,
+        has_kernel=None if found is None else found.decoded_sites == 0,
+        sqnr_db=None if scheme is None else proxies.get(str(scheme)),
+    )
+
+
+def _commands(
+    model: str, scheme: str | None, now: Situation, hardware: str | None, max_loss: float | None
+) -> tuple[str, ...]:
+    if scheme is None:
+        return ()
+    method, _ = method_for(scheme, now.data)
+    model = shlex.quote(model) if model != NO_WEIGHTS_NAME else model
+    text = "" if method in ("rtn", "hqq") else " --calibration TEXT"
+    gate = "" if max_loss is None else f" --max-kl {max_loss:g}"
+    folder = f"runs/{scheme}-{method}".lower()
+    compared = ",".join(dict.fromkeys(("rtn", method)))
+    commands = [
+        f"bitwright quantize {model} --scheme {scheme} --method {method}{text}{gate} --out {folder}",
+        f"bitwright evaluate {folder} --text HELD_OUT_TEXT",
+        f"bitwright bench {model} --schemes {scheme} --methods {compared}{text} --text HELD_OUT_TEXT --out runs/bench",
+    ]
+    if now.hardware is not None and hardware is not None and now.data != "none" and now.scenario != "finetune":
+        room = MEMORY_SHARE * now.hardware.memory_gb
+        commands.append(
+            f"bitwright search {model} --calibration TEXT --fit {room:.1f}GB --hardware {shlex.quote(hardware)} "
+            f"--context {now.work.context} --batch {now.work.batch} --kv-bits {now.work.kv_bits:g}{gate} "
+            "--out runs/search"
+        )
+    return tuple(commands)
+
+
+def _notes(shape: ModelShape, now: Situation) -> list[str]:
+    notes = ["times are what the device's peaks allow; engines reach a part of that"]
+    if now.hardware is not None and now.hardware.note:
+        notes.append(f"{now.hardware.name}: {now.hardware.note}")
+    if shape.max_context is not None and now.work.context > shape.max_context:
+        notes.append(f"the model was made for {shape.max_context} tokens, and the context is {now.work.context}")
+    if now.scenario == "finetune":
+        notes.append("adapters, their optimiser states and the activations of training come on top of these figures")
+        notes.append("bitwright trains no adapters: for training, bitsandbytes loads the original in nf4 by itself")
+    dense = now.option(None).memory
+    if dense is not None and dense.cache_bytes > dense.weight_bytes:
+        notes.append("the cache is larger than the weights: --kv-bits 8 saves more than fewer bits of weights would")
+    return notes
+
+
+def _check(context: int | None, prompt: int | None, batch: int | None, kv_bits: float, max_loss: float | None) -> None:
+    for name, value in (("--context", context), ("--prompt", prompt), ("--batch", batch), ("--max-loss", max_loss)):
+        if value is not None and not value > 0:
+            raise RecipeError(f"{name} must be above 0, got {value}.")
+    if not 0 < kv_bits <= 32:
+        raise RecipeError(f"--kv-bits must be above 0 and at most 32, got {kv_bits:g}.")

@@ -1,0 +1,240 @@
+"""The decision trees of advice: each question has an answer and the figures that decided it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bitwright.numerics.integer import IntegerFormat
+from bitwright.schemes import Scheme
+from bitwright.search.cost import Memory, Speed, Workload
+from bitwright.search.hardware import GIGA, Hardware
+from bitwright.search.scenarios import Q4, Q8_BOTH, SCENARIOS
+
+Data = Literal["none", "some", "lots"]
+MEMORY_SHARE = 0.9
+"""Of a device's memory that a model may fill; the rest is the system's."""
+WORTH = 1.1
+"""How many times faster fewer bits must be to be chosen."""
+DENSE = "16 bit"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """One scheme for the whole model; `scheme` None leaves it as it is.
+
+    Attributes:
+        size_bytes: of its files; None where it does not fit the shapes, and `note` says why.
+        bits_per_weight: of the quantized weights, scales included.
+        memory: with the full cache; None where there is no size.
+        fits: into the device; None without a device.
+        speed: bounds; None without a device.
+        has_kernel: the device multiplies the codes; None without a device.
+        sqnr_db: of a sample of its weights, rounded to nearest; None without weights.
+        note: what is special.
+    """
+
+    scheme: str | None
+    size_bytes: int | None
+    bits_per_weight: float | None
+    memory: Memory | None
+    fits: bool | None
+    speed: Speed | None
+    has_kernel: bool | None
+    sqnr_db: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A question, its answer, and why."""
+
+    question: str
+    answer: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Situation:
+    """What the answers are about."""
+
+    scenario: str
+    work: Workload
+    hardware: Hardware | None
+    data: Data
+    options: Sequence[Option]
+
+    def option(self, scheme: str | None) -> Option:
+        """The option with a scheme."""
+        return next(option for option in self.options if option.scheme == scheme)
+
+
+def choose(now: Situation) -> Option | None:
+    """Return the scheme to use: of the candidates that fit, the most faithful that is not much slower than the fastest.
+
+    None where nothing fits the device.
+    """
+    scenario = SCENARIOS[now.scenario]
+    candidates = [now.option(name) for name in scenario.candidates]
+    usable = [option for option in candidates if option.size_bytes is not None and option.fits is not False]
+    if now.hardware is None:
+        return usable[-1] if usable else None
+    with_kernel = [option for option in usable if option.has_kernel]
+    if now.scenario == "finetune" or not with_kernel:
+        smaller = [now.option(name) for name in scenario.smaller]
+        left = usable or [option for option in smaller if option.size_bytes is not None and option.fits]
+        return left[-1] if usable else left[0] if left else None
+    times = {option.scheme: _request_seconds(now, option) for option in with_kernel}
+    fastest = min(times.values())
+    return next(option for option in with_kernel if times[option.scheme] <= WORTH * fastest)
+
+
+def method_for(scheme: str, data: Data) -> tuple[str, str]:
+    """Return a method, as `--method` takes it, and why."""
+    parsed = Scheme.parse(scheme)
+    bits, is_integer = float(parsed.weights.format.bits), isinstance(parsed.weights.format, IntegerFormat)
+    if is_integer and parsed.activations is not None:
+        if data == "none":
+            return "rtn", "without text nothing can be calibrated, and outliers of the inputs stay where they are"
+        return "smoothquant+gptq", "moves outliers of the inputs into the weights, which text must show"
+    if bits >= 6:
+        return "rtn", "8 bits leave rounding to nearest so little error that nothing else pays"
+    if scheme.startswith("nf4"):
+        return "rtn", "QLoRA's base is rounded to nearest: the adapters make up for it"
+    if data == "none":
+        return ("hqq", "needs no text") if is_integer else ("rtn", "nothing else rounds this format without text")
+    if bits >= 4:
+        if data == "lots":
+            return "awq+gptq", "scales that protect what the inputs make large, then rounding column by column"
+        return "gptq", "makes up for each column's error in the next ones, in minutes"
+    if data == "lots" and is_integer:
+        return "block_ap", "below 4 bits training the weights of whole blocks beats rounding them"
+    return "gptq", "the best that little text allows; with lots of it, block_ap trains whole blocks of integers"
+
+
+def answers_of(now: Situation, chosen: Option | None) -> list[Answer]:
+    """Return the answers in the order in which the questions come up."""
+    answers = [_needed(now), _weights_or_both(now), _which(now, chosen)]
+    if chosen is not None and chosen.scheme is not None:
+        answers += [_training(now, chosen.scheme), _method(now, chosen.scheme), _fits(now, chosen), _lost(chosen)]
+    return answers
+
+
+def _needed(now: Situation) -> Answer:
+    dense = now.option(None)
+    assert dense.memory is not None
+    question = "Is quantization needed?"
+    total = gigabytes(dense.memory.total_bytes)
+    if now.hardware is None:
+        reason = f"in its own dtype it takes {total} with the cache; name the device (--hardware) to know if that fits"
+        return Answer(question=question, answer="not known without a device", reason=reason)
+    room = gigabytes(MEMORY_SHARE * now.hardware.memory_bytes)
+    if not dense.fits:
+        return Answer(question=question, answer="yes", reason=f"{total} are needed and {room} can be used")
+    reason = f"{total} are needed and {room} can be used; what it buys is speed and room for longer contexts"
+    return Answer(question=question, answer="not to fit", reason=reason)
+
+
+def _weights_or_both(now: Situation) -> Answer:
+    """W4A16 or W8A8: what decides is whether the device waits for memory or for arithmetic."""
+    question = "Weights alone (W4A16), or activations too (W8A8)?"
+    weights, both = now.option(Q4), now.option(Q8_BOTH)
+    if weights.speed is None or both.speed is None or now.hardware is None:
+        reason = (
+            "one sequence at a time waits for memory, which fewer bits of weights relieve; name a device for figures"
+        )
+        return Answer(question=question, answer="weights alone for one user", reason=reason)
+    figures = (
+        f"a step of {now.work.batch} tokens takes at least {milliseconds(weights.speed.decode_s)} (W4A16) or "
+        f"{milliseconds(both.speed.decode_s)} (W8A8)"
+    )
+    if weights.speed.prefill_s is not None and both.speed.prefill_s is not None:
+        figures += (
+            f", prompts of {now.work.prompt_tokens} tokens {milliseconds(weights.speed.prefill_s)} or "
+            f"{milliseconds(both.speed.prefill_s)}"
+        )
+    if not (weights.has_kernel or both.has_kernel):
+        return Answer(
+            question=question, answer="either, for size", reason=f"no kernel is known for this device; {figures}"
+        )
+    faster = _request_seconds(now, weights) < _request_seconds(now, both)
+    return Answer(question=question, answer="weights alone" if faster else "activations too", reason=figures)
+
+
+def _which(now: Situation, chosen: Option | None) -> Answer:
+    question = "Which scheme?"
+    if chosen is None:
+        least = min((o.memory.total_bytes for o in now.options if o.memory is not None), default=0)
+        reason = (
+            f"the least that any needs is {gigabytes(least)}. Shorten --context, store the cache in fewer bits "
+            "(--kv-bits), or take a larger device"
+        )
+        return Answer(question=question, answer="none fits", reason=reason)
+    assert chosen.scheme is not None
+    if now.hardware is None:
+        reason = f"usual for this scenario; {gigabytes(chosen.size_bytes or 0)} of files"
+    elif not chosen.has_kernel:
+        reason = "it fits, but no kernel is known for this device: it saves disk, and no time"
+    else:
+        seconds = _request_seconds(now, chosen)
+        reason = f"the most faithful within {WORTH - 1:.0%} of the fastest: at least {seconds:.3g} s per request"
+    return Answer(question=question, answer=chosen.scheme, reason=reason)
+
+
+def _training(now: Situation, scheme: str) -> Answer:
+    question = "PTQ or QAT?"
+    bits = float(Scheme.parse(scheme).weights.format.bits)
+    if now.scenario == "finetune":
+        return Answer(
+            question=question, answer="adapters", reason="the base stays frozen; only the adapters are trained"
+        )
+    if bits >= 4:
+        reason = "at 4 bits in groups or more, training buys little over a good PTQ method; measure before you train"
+        return Answer(question=question, answer="PTQ", reason=reason)
+    if now.data == "lots":
+        reason = (
+            "below 4 bits training pays, and block by block it needs one block in memory, not the optimiser's states"
+        )
+        return Answer(question=question, answer="block-wise training", reason=reason)
+    return Answer(question=question, answer="PTQ", reason="below 4 bits training would pay, but needs lots of text")
+
+
+def _method(now: Situation, scheme: str) -> Answer:
+    method, reason = method_for(scheme, now.data)
+    return Answer(question="Which method?", answer=method, reason=reason)
+
+
+def _fits(now: Situation, chosen: Option) -> Answer:
+    assert chosen.memory is not None
+    used = chosen.memory
+    parts = (
+        f"weights {gigabytes(used.weight_bytes)}, cache of {now.work.batch} × {now.work.context} tokens "
+        f"{gigabytes(used.cache_bytes)}, workspace {gigabytes(used.workspace_bytes)}"
+    )
+    answer = {True: "yes", False: "no", None: "not known without a device"}[chosen.fits]
+    return Answer(question="Does it fit?", answer=answer, reason=parts)
+
+
+def _lost(chosen: Option) -> Answer:
+    question = "What will be lost?"
+    if chosen.sqnr_db is None:
+        reason = "no formula gives it from a configuration; quantize and evaluate"
+        return Answer(question=question, answer="not known without weights", reason=reason)
+    reason = "of a sample of weights, rounded to nearest; what the model loses is known after evaluation on text"
+    return Answer(question=question, answer=f"{chosen.sqnr_db:.1f} dB SQNR", reason=reason)
+
+
+def _request_seconds(now: Situation, option: Option) -> float:
+    """Prompt and answers of one batch; the answer is what the prompt leaves of the context."""
+    assert option.speed is not None
+    answer = now.work.context - now.work.prompt_tokens
+    return (option.speed.prefill_s or 0.0) + answer * option.speed.decode_s
+
+
+def gigabytes(value: float) -> str:
+    """10^9 bytes, to three digits."""
+    return f"{value / GIGA:.3g} GB"
+
+
+def milliseconds(value: float) -> str:
+    """Seconds as milliseconds, to three digits."""
+    return f"{1e3 * value:.3g} ms"

@@ -1,0 +1,1 @@
+"""What is wrong with a quantized checkpoint, where, and how to mend it."""

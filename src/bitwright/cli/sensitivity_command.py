@@ -1,0 +1,112 @@
+"""`bitwright sensitivity`: what each site can bear, by several scores, and how well the cheap ones foresee the rest."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bitwright.cli.console import ProgressBars
+from bitwright.errors import UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from bitwright.search.sensitivity import Sensitivity
+    from bitwright.sensitivity_report import SensitivityReport
+
+PIPE_WIDTH = 160
+TARGETS: dict[str, Literal["weights", "inputs", "cache"]] = {"weights": "weights", "inputs": "inputs", "cache": "cache"}
+_NATS = ("trace", "fisher", "output_gradient", "window_gradient", "measured")
+_RATIOS = ("weight_sqnr", "output_sqnr")
+
+
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    calibration: Annotated[str, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]] or stdlib.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result; the same command resumes.")],
+    scores: Annotated[
+        list[str] | None, typer.Option(help="Scores, separated by commas; every cheap one and measured unless given.")
+    ] = None,
+    schemes: Annotated[list[str] | None, typer.Option(help="Schemes, separated by commas.")] = None,
+    target: Annotated[str, typer.Option(help="What is quantized: weights, inputs, or cache (keys and values).")] = (
+        "weights"
+    ),
+    samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    measured_windows: Annotated[int, typer.Option(min=1, help="Windows that divergences are measured on.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of windows, labels and random vectors.")] = 0,
+    device: Annotated[str, typer.Option(help="Where blocks are computed: cpu, cuda, cuda:1, mps.")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
+    ] = False,
+) -> None:
+    """Find what each site can bear in each scheme, by cheap scores and by measuring."""
+    from bitwright.sensitivity_report import report_sensitivity
+
+    kind = TARGETS.get(target)
+    if kind is None:
+        raise UnknownName(f"unknown target '{target}'.{did_you_mean(target, TARGETS)}")
+    with ProgressBars(quiet=quiet or as_json) as progress:
+        report = report_sensitivity(
+            model,
+            out,
+            calibration=calibration,
+            scores=_listed(scores),
+            schemes=_listed(schemes),
+            target=kind,
+            num_samples=samples,
+            seqlen=seqlen,
+            num_measured_windows=measured_windows,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+    elif not quiet:
+        _show(report)
+
+
+def _show(report: "SensitivityReport") -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)  # a pipe has no width of its own
+    console.print(score_table(report.scores.get("measured") or list(report.scores.values())[-1]))
+    if report.correlations:
+        console.print(correlation_table(report))
+    console.print(f"written: {report.file}", soft_wrap=True, highlight=False)
+
+
+def score_table(found: "Sensitivity") -> Table:
+    """One score: a line per site, a column per scheme."""
+    unit = "nats per token" if found.score in _NATS else "noise over signal" if found.score in _RATIOS else "per token"
+    caption = f"{unit}; larger is worse, 16 bit is 0"
+    table = Table(title=f"{found.score} of {found.target}", box=box.SIMPLE_HEAD, title_justify="left", caption=caption)
+    table.add_column("site", overflow="fold")
+    for scheme in found.schemes:
+        table.add_column(scheme, justify="right", no_wrap=True)
+    for site, values in found.values.items():
+        table.add_row(site, *(f"{values[scheme]:.2e}" for scheme in found.schemes))
+    return table
+
+
+def correlation_table(report: "SensitivityReport") -> Table:
+    """Rank correlation of every other score with the measured one."""
+    columns = list(next(iter(report.correlations.values())))
+    table = Table(title="rank correlation with measured", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("score")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for score, found in report.correlations.items():
+        table.add_row(score, *("–" if found[c] is None else f"{found[c]:.2f}" for c in columns))
+    return table
+
+
+def _listed(given: list[str] | None) -> list[str]:
+    """The parts of options that hold several, separated by commas."""
+    return [part.strip() for each in given or () for part in each.split(",") if part.strip()]

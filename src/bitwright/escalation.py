@@ -1,0 +1,242 @@
+"""`bitwright search --apply`: quantize what was found, look at what it lost, and mend the worst until the gate holds.
+
+Each round finds the items that cost the most: how much lower the divergence of the whole would be with that item alone
+in 16 bit. They climb one rung, and the model is quantized again:
+
+    a better method       rtn -> gptq -> gptaq
+    smaller groups        128 -> 64 -> 32
+    the next scheme of the menu with more bits, at last 16 bit
+
+A rung that the budget has no room for is left out. Every step is a record of the final run, and so in its report. All
+rounds are runs of their own until one is chosen, so that a killed command goes on where it stopped.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bitwright.errors import ShapeError
+from bitwright.mixture import Found, Measure, Search
+from bitwright.pipeline import QuantizeResult
+from bitwright.recipe import Recipe, Rule
+from bitwright.records import append_jsonl
+from bitwright.runs import RunDirectory
+from bitwright.schemes import Scheme
+
+METHODS = ("rtn", "gptq", "gptaq")
+GROUP_SIZES = (128, 64, 32)
+SHARE_PER_ROUND = 0.1
+"""Of the items: so many climb before the model is quantized again."""
+MAX_ROUNDS = 8
+
+Quantize = Callable[[Recipe, Path], QuantizeResult]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rung:
+    """How an item is quantized."""
+
+    scheme: str | None
+    method: str
+
+    def __str__(self) -> str:
+        return "16 bit" if self.scheme is None else f"{self.scheme} {self.method}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One item that climbed: the record of kind `repair`.
+
+    Attributes:
+        step: number of the round, from 1.
+        site: first site of the item.
+        sites: all of them.
+        kl_before: of the finished model before the round, nats per token.
+        kl_after: after it; all steps of a round share it.
+        contribution: of the item to the divergence of weights rounded to nearest, nats per token.
+    """
+
+    step: int
+    site: str
+    sites: tuple[str, ...]
+    before: str
+    after: str
+    contribution: float
+    kl_before: float
+    kl_after: float
+
+    def to_record(self) -> dict[str, Any]:
+        """The record, with the names that a report reads."""
+        entry = asdict(self)
+        return {"kind": "repair", "from": entry.pop("before"), "to": entry.pop("after"), **entry}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    """A finished search: the run, and what was mended on the way.
+
+    Attributes:
+        failure: why the budget on quality does not hold although nothing is left to do; None if it holds.
+    """
+
+    result: QuantizeResult
+    steps: tuple[Step, ...]
+    failure: str | None
+
+
+def apply(search: Search, found: Found, recipe: Recipe, folder: Path, quantize: Quantize, *, repair: bool) -> Applied:
+    """Quantize what a search found into `folder`/run, and mend it.
+
+    Args:
+        search: that found it.
+        found: which scheme for which site.
+        recipe: that quantizes so; its method is where every item begins.
+        folder: of the search.
+        quantize: a recipe into a run directory.
+        repair: mend the worst sites while the gate does not hold.
+    Raises:
+        BitwrightError: whatever `quantize` raises.
+    """
+    rungs = {site: Rung(scheme=scheme, method=recipe.method) for site, scheme in found.schemes.items()}
+    result = quantize(recipe, folder / "round-0")
+    steps: list[Step] = []
+    if repair and _gap(search, result) > 1:
+        with search.measuring(extra=_finer_groups(search.menu)) as measure:
+            for number in range(1, MAX_ROUNDS + 1):
+                climbed = _climb(search, rungs, measure)
+                if not climbed or _gap(search, result) <= 1:
+                    break
+                rungs |= {site: after for sites, _, after, _ in climbed for site in sites}
+                better = quantize(_recipe_of(recipe, rungs), folder / f"round-{number}")
+                steps += [
+                    Step(
+                        step=number, site=sites[0], sites=sites, before=str(before), after=str(after),
+                        contribution=loss, kl_before=result.results["kl_mean"], kl_after=better.results["kl_mean"],
+                    )
+                    for sites, before, after, loss in climbed
+                ]  # fmt: skip
+                result = better
+    return _finish(search, found, folder, result, steps)
+
+
+def _finish(search: Search, found: Found, folder: Path, result: QuantizeResult, steps: Sequence[Step]) -> Applied:
+    """Put the chosen run in its place, remove the others, and add the records of the search."""
+    run = folder / "run"
+    if run.exists():
+        shutil.rmtree(run)
+    result.run.rename(run)
+    for other in folder.glob("round-*"):
+        shutil.rmtree(other)
+    summary = {"kind": "search", "budget": _described(search), **asdict(found)}
+    append_jsonl(RunDirectory(run).records, summary, *(step.to_record() for step in steps))
+    failure = None if _gap(search, result) <= 1 else _lost_too_much(search, result)
+    return Applied(result=replace(result, run=run), steps=tuple(steps), failure=failure)
+
+
+def _gap(search: Search, result: QuantizeResult) -> float:
+    """How many times what may be lost was lost; at most 1 if the gate holds."""
+    budget, lost = search.budget, result.results
+    shares = [lost["kl_mean"] / (search.recipe.max_kl if budget.max_kl is None else budget.max_kl)]
+    if budget.max_ppl_increase is not None:
+        shares.append((lost["perplexity"] / lost["reference_perplexity"] - 1) / budget.max_ppl_increase)
+    return max(shares)
+
+
+def _lost_too_much(search: Search, result: QuantizeResult) -> str:
+    lost, budget = result.results, search.budget
+    wanted = []
+    if budget.max_kl is not None:
+        wanted.append(f"KL {budget.max_kl:g} nats per token")
+    if budget.max_ppl_increase is not None:
+        wanted.append(f"{100 * budget.max_ppl_increase:g} % more perplexity")
+    more = 100 * (lost["perplexity"] / lost["reference_perplexity"] - 1)
+    return (
+        f"lost KL {lost['kl_mean']:.3g} nats per token and {more:.2g} % of perplexity, where "
+        f"{' and '.join(wanted) or f'KL {search.recipe.max_kl:g}'} were allowed, and the budget leaves no room to mend "
+        "it. Raise a limit, or offer larger schemes."
+    )
+
+
+def _described(search: Search) -> dict[str, Any]:
+    entry = asdict(search.budget)
+    entry["hardware"] = None if search.budget.hardware is None else search.budget.hardware.name
+    return entry
+
+
+_Climbed = tuple[tuple[str, ...], Rung, Rung, float]
+
+
+def _climb(search: Search, rungs: Mapping[str, Rung], measure: Measure) -> list[_Climbed]:
+    """The items that cost most and have a rung above: their sites, where they were, where they go, what they cost."""
+    schemes = {site: rung.scheme for site, rung in rungs.items()}
+    quantized = [sites for sites in search.sets if schemes[sites[0].name] is not None]
+    names = [tuple(site.name for site in sites) for sites in quantized]
+    without = [{**schemes, **dict.fromkeys(each, None)} for each in names]
+    whole, *others = measure([schemes, *without])
+    losses = sorted(zip([whole - other for other in others], names, strict=True), reverse=True)
+    climbed: list[_Climbed] = []
+    for loss, sites in losses:
+        if len(climbed) >= max(1, round(SHARE_PER_ROUND * len(names))):
+            break
+        before = rungs[sites[0]]
+        for after in _above(before, search.menu):
+            trial = {**schemes, **dict.fromkeys(sites, after.scheme)}
+            if _fits(search, trial):
+                climbed.append((sites, before, after, loss))
+                schemes = trial
+                break
+    return climbed
+
+
+def _above(rung: Rung, menu: Sequence[str]) -> Iterator[Rung]:
+    """The rungs above one, nearest first."""
+    if rung.scheme is None:
+        return
+    if rung.method in METHODS[:-1]:
+        yield replace(rung, method=METHODS[METHODS.index(rung.method) + 1])
+    scheme = Scheme.parse(rung.scheme)
+    for size in GROUP_SIZES:
+        finer = _with_group(scheme, size)
+        if finer is not None:
+            yield replace(rung, scheme=finer)
+    bits = scheme.weights.format.bits
+    for name in sorted(menu, key=lambda name: Scheme.parse(name).weights.format.bits):
+        if Scheme.parse(name).weights.format.bits > bits:
+            yield replace(rung, scheme=name)
+    yield replace(rung, scheme=None)
+
+
+def _with_group(scheme: Scheme, size: int) -> str | None:
+    """The scheme with smaller groups; None where its groups are as small already, or it has none."""
+    granularity = scheme.weights.granularity
+    if granularity.kind != "group" or granularity.group_size is None or granularity.group_size <= size:
+        return None
+    return str(scheme.with_granularity(replace(granularity, group_size=size)))
+
+
+def _finer_groups(menu: Sequence[str]) -> tuple[str, ...]:
+    found = (_with_group(Scheme.parse(name), size) for name in menu for size in GROUP_SIZES)
+    return tuple(dict.fromkeys(name for name in found if name is not None and name not in menu))
+
+
+def _fits(search: Search, schemes: Mapping[str, str | None]) -> bool:
+    """Whether an assignment keeps the limits on cost."""
+    try:
+        return search.costs_fit(schemes)
+    except ShapeError:
+        return False
+
+
+def _recipe_of(recipe: Recipe, rungs: Mapping[str, Rung]) -> Recipe:
+    rules = tuple(
+        Rule(
+            pattern=site,
+            scheme=None if rung.scheme is None else Scheme.parse(rung.scheme),
+            method=None if rung.scheme is None or rung.method == recipe.method else rung.method,
+        )
+        for site, rung in rungs.items()
+        if (rung.scheme, rung.method) != (str(recipe.scheme), recipe.method)
+    )
+    return replace(recipe, rules=rules)

@@ -1,0 +1,142 @@
+"""Charts of several results: what each costs against what it loses, and the line that none lies below."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitwright.reports import wording
+from bitwright.reports.entries import Figure, is_finite
+from bitwright.reports.plotting import Chart, framed, plain, series
+
+# Title of a figure's axis, and whether its scale is always logarithmic.
+AXES = {
+    "bits_per_weight": ("Bits per weight", False),
+    "kl_mean": ("KL divergence (nats/token)", True),
+    "perplexity": ("Perplexity", False),
+    "seconds": ("Seconds to quantize", True),
+    "peak_memory_bytes": ("Peak memory (bytes)", False),
+    "size_bytes": ("Size (bytes)", False),
+    "decode_tokens_per_s": ("Tokens written per second", False),
+    "decode_j_per_token": ("Energy per token (J)", False),
+}
+ERRORS = {"kl_mean": "kl_stderr", "perplexity": "perplexity_stderr"}
+MORE_IS_BETTER = ("decode_tokens_per_s",)
+
+
+def pareto_chart(rows: Sequence[Mapping[str, Any]], x: str = "bits_per_weight") -> Chart:
+    """A cost or a gain of several results against their KL divergence on a log scale, and the line no row lies below.
+
+    Args:
+        rows: figures with `name`; those without one of the two figures are left out.
+        x: name of a figure of AXES.
+    """
+    drawn = [row for row in rows if _is_positive(row.get("kl_mean")) and is_finite(row.get(x))]
+    drawn.sort(key=lambda row: (-row[x] if x in MORE_IS_BETTER else row[x], row["kl_mean"]))
+    best = _frontier(drawn, "kl_mean")
+    frontier = _frontier_trace(best, x, "kl_mean", colour=1)
+    labels = [_row_label(row) for row in drawn]
+    points = series("scatter", [row[x] for row in drawn], [row["kl_mean"] for row in drawn], labels, colour=0)
+    points.update(
+        mode="markers+text",
+        text=[plain(str(row.get("name", ""))) for row in drawn],
+        textposition=["bottom left" if row in best else "top right" for row in drawn],
+        cliponaxis=False,
+        error_y=_error_bars(drawn, "kl_mean", "--c0"),
+    )
+    axis: dict[str, Any] = {"title": {"text": AXES[x][0]}, **_padded([row[x] for row in drawn], alone=0.3)}
+    if x.endswith("bytes"):
+        axis["exponentformat"] = "SI"
+    chart = framed([frontier, points], axis, "KL divergence (nats/token)")
+    losses = [math.log10(row["kl_mean"]) for row in drawn]
+    dtick = "D2" if losses and max(losses) - min(losses) < 2 else 1  # D2: at 1, 2 and 5
+    chart["layout"]["yaxis"].update(type="log", dtick=dtick, exponentformat="none", **_padded(losses))
+    return chart
+
+
+def grid_chart(rows: Sequence[Mapping[str, Any]], x: str, y: str, reference: Mapping[str, Any]) -> Chart:
+    """One mark per cell and one colour per method, two figures against each other, and the line no cell lies below.
+
+    Args:
+        rows: figures with `method` and `label`, the text of the mark.
+        x: name of a figure of AXES.
+        y: likewise.
+        reference: figures of the original; its `y`, where it is above 0, becomes a line across the chart.
+    """
+    drawn = [row for row in rows if _is_positive(row.get(x)) and _is_positive(row.get(y))]
+    drawn.sort(key=lambda row: (row[x], row[y]))
+    traces = [_frontier_trace(_frontier(drawn, y), x, y, colour=7)]
+    for index, method in enumerate(sorted({str(row["method"]) for row in rows})):
+        of_method = [row for row in drawn if row["method"] == method]
+        trace = series(
+            "scatter", [row[x] for row in of_method], [row[y] for row in of_method],
+            [row["label"] for row in of_method], colour=index,
+        )  # fmt: skip
+        bars = _error_bars(of_method, y, trace["marker"]["color"])
+        trace["marker"]["size"] = 9
+        traces.append({**trace, "mode": "markers", "name": plain(method), "error_y": bars})
+    across, up = _figure_axis([row[x] for row in drawn], x), _figure_axis([row[y] for row in drawn], y)
+    chart = framed(traces, across, AXES[y][0])
+    chart["layout"]["yaxis"].update(up)
+    chart["layout"]["showlegend"] = True
+    level = reference.get(y)
+    if _is_positive(level):
+        line = {"color": "--soft", "width": 1, "dash": "dash"}
+        span = {"xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level}
+        chart["layout"]["shapes"] = [{"type": "line", "line": line, **span}]
+    return chart
+
+
+def _figure_axis(values: Sequence[float], name: str) -> dict[str, Any]:
+    """Title and scale: logarithmic always, or where the values span more than a decade."""
+    title, always = AXES[name]
+    axis: dict[str, Any] = {"title": {"text": title}}
+    ratio = max(values) / min(values) if values else 1.0
+    if always or ratio > 10:
+        axis.update(type="log", exponentformat="SI" if name.endswith("bytes") else "none")
+        if ratio > 10:
+            axis["dtick"] = 1 if ratio > 100 else "D2"
+    return axis
+
+
+def _frontier(rows: Sequence[Mapping[str, Any]], y: str) -> list[Mapping[str, Any]]:
+    """The rows, of some sorted by another figure and then by y, that no other beats in both."""
+    best: list[Mapping[str, Any]] = []
+    for row in rows:
+        if not best or row[y] < best[-1][y]:
+            best.append(row)
+    return best
+
+
+def _frontier_trace(best: Sequence[Mapping[str, Any]], x: str, y: str, *, colour: int) -> dict[str, Any]:
+    trace = series("scatter", [row[x] for row in best], [row[y] for row in best], [], colour=colour)
+    line = {"color": f"--c{colour}", "width": 1.5, "dash": "dot"}
+    return {**trace, "mode": "lines", "hoverinfo": "skip", "showlegend": False, "line": line}
+
+
+def _padded(values: Sequence[float], *, alone: float | None = None) -> dict[str, Any]:
+    """An axis range with room for the labels beside the outermost points; `alone`: as a share of a single value."""
+    if not values:
+        return {}
+    room = 0.22 * (max(values) - min(values)) or (1.0 if alone is None else alone * abs(values[0])) or 1.0
+    return {"range": [min(values) - room, max(values) + room]}
+
+
+def _error_bars(rows: Sequence[Mapping[str, Any]], name: str, colour: str) -> dict[str, Any]:
+    """Standard errors; downwards they end above zero, which a log scale does not have."""
+    stderr = ERRORS[name]
+    errors = [row[stderr] if is_finite(row.get(stderr)) else 0.0 for row in rows]
+    down = [min(error, 0.9 * row[name]) for error, row in zip(errors, rows, strict=True)]
+    bars = {"type": "data", "symmetric": False, "array": errors, "arrayminus": down}
+    return {**bars, "color": colour, "thickness": 1, "width": 3}
+
+
+def _is_positive(value: Figure) -> bool:
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def _row_label(row: Mapping[str, Any]) -> str:
+    return (
+        f"<b>{plain(str(row.get('name', '')))}</b><br>{wording.fixed(row['bits_per_weight'], 3)} bits per weight"
+        f"<br>KL {wording.with_stderr(row['kl_mean'], row.get('kl_stderr'))} nats/token"
+        f"<br>{wording.size(row.get('size_bytes'))}"
+    )

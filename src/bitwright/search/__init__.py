@@ -1,0 +1,1 @@
+"""Which scheme for which site: costs, sensitivities, and the choice between them."""

@@ -1,0 +1,66 @@
+"""The roofline: bytes over bandwidth, operations over rate, and never codes where there is no kernel."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bitwright.schemes import Scheme
+from bitwright.search.cost import Workload, cache_bytes, memory, site_latency, site_seconds, speed
+from bitwright.search.hardware import Hardware, load_hardware
+from bitwright.search.model_shape import LayerCache, ModelShape, shape_of_config
+
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+
+
+@pytest.fixture(scope="module")
+def seven() -> ModelShape:
+    return shape_of_config(CONFIGS / "llama-2-7b.json")
+
+
+@pytest.fixture(scope="module")
+def a100() -> Hardware:
+    return load_hardware("a100-80gb")
+
+
+def test_a_step_for_one_reads_every_weight_once(seven: ModelShape, a100: Hardware) -> None:
+    found = speed(seven, {}, Workload(context=2, prompt=1), a100)
+    weights = sum(site.out_features * site.in_features for site in seven.sites) + seven.head_weights
+    assert found.bound == "memory"
+    assert found.decode_s == pytest.approx(2 * weights / a100.bytes_per_s, rel=1e-3)
+    assert found.energy_j_per_token == pytest.approx(400 * found.decode_s)
+
+
+def test_a_prompt_waits_for_arithmetic(seven: ModelShape, a100: Hardware) -> None:
+    tokens = 4096
+    site = seven.sites[0]
+    moving, computing = site_seconds(seven, site, None, a100, tokens=tokens)
+    assert computing == pytest.approx(2 * tokens * site.out_features * site.in_features / 312e12)
+    assert site_latency(seven, site, None, a100, tokens=tokens) == computing > moving
+    eight = site_latency(seven, site, Scheme.parse("W8A8"), a100, tokens=tokens)
+    assert eight == pytest.approx(computing / 2)
+
+
+def test_schemes_without_kernel_cost_what_16_bit_costs(seven: ModelShape, a100: Hardware) -> None:
+    work = Workload(context=1024)
+    dense, three = speed(seven, {}, work, a100), seven.uniform(Scheme.parse("W3A16-g128"))
+    found = speed(seven, three, work, a100)
+    assert (found.decode_s, found.prefill_s) == (dense.decode_s, dense.prefill_s)
+    assert found.decoded_sites == len(seven.sites)
+    assert memory(seven, three, work, a100) == memory(seven, {}, work, a100)
+    assert memory(seven, three, work, None).weight_bytes < memory(seven, {}, work, None).weight_bytes / 4
+
+
+def test_what_is_not_published_is_not_computed(seven: ModelShape) -> None:
+    found = speed(seven, {}, Workload(), load_hardware("apple-m3-max"))
+    assert found.prefill_s is None
+    assert found.energy_j_per_token is None
+    assert found.decode_s > 0
+
+
+def test_the_cache(seven: ModelShape) -> None:
+    # Keys and values of 32 layers of 4096 numbers, 2 bytes each.
+    assert cache_bytes(seven, 1000, 3, 16) == 2 * 32 * 4096 * 2 * 1000 * 3
+    assert cache_bytes(seven, 1000, 3, 4) * 4 == cache_bytes(seven, 1000, 3, 16)
+    windowed = replace(seven, caches=(LayerCache(values_per_token=10, window=100),))
+    assert cache_bytes(windowed, 1000, 1, 8) == 1000

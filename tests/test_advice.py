@@ -1,0 +1,104 @@
+"""Advice is right about sizes, says what it does not know, and names commands that exist."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from bitwright.advice import advise
+from bitwright.advice_answers import method_for
+from bitwright.cli.advise_command import advise as command
+from bitwright.errors import RecipeError, UnknownName
+from bitwright.methods.composition import compose
+from bitwright.search.scenarios import MENU, SCENARIOS
+
+CONFIGS = Path(__file__).parent / "data" / "configs"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.names)
+def test_every_scenario_answers_for_seven_billion(scenario: str) -> None:
+    found = advise(CONFIGS / "llama-2-7b.json", scenario=scenario)
+    assert [option.scheme for option in found.options] == [None, *MENU]
+    assert found.scheme is not None
+    assert found.commands[0].startswith(f"bitwright quantize MODEL --scheme {found.scheme} ")
+    assert all(answer.reason for answer in found.answers)
+    assert any(line.startswith("bitwright search ") for line in found.commands) == (scenario in ("cloud", "edge"))
+    lost = next(answer for answer in found.answers if answer.question == "What will be lost?")
+    assert lost.answer == "not known without weights"
+    assert all(option.sqnr_db is None for option in found.options)
+    if found.hardware is None:
+        assert all(option.fits is None and option.speed is None for option in found.options)
+
+
+def test_thirteen_billion_in_4_bits_is_what_the_founding_text_says() -> None:
+    found = advise(CONFIGS / "llama-2-13b.json", scenario="edge")
+    sizes = {option.scheme: option.size_bytes for option in found.options}
+    assert round((sizes[None] or 0) / 1e9) == 26
+    assert round((sizes["W4A16-g128"] or 0) / 1e9) == 7
+
+
+def test_seventy_billion_fits_one_device_only_in_4_bits() -> None:
+    found = advise(CONFIGS / "llama-2-70b.json", scenario="cloud", batch=4)
+    fits = {option.scheme: option.fits for option in found.options}
+    assert (fits[None], fits["fp8"], fits["W4A16-g128"]) == (False, False, True)
+    assert found.scheme == "W4A16-g128"
+    none = advise(CONFIGS / "llama-2-70b.json", scenario="cloud", hardware="t4")
+    assert none.scheme is None
+    assert none.commands == ()
+
+
+def test_the_device_decides_between_weights_and_activations() -> None:
+    many = advise(CONFIGS / "llama-2-7b.json", scenario="cloud", hardware="h200", batch=16, prompt=3584)
+    assert many.scheme == "fp8"
+    one = advise(CONFIGS / "llama-2-7b.json", scenario="edge")
+    assert one.scheme == "W4A16-g128"
+
+
+def test_with_weights_the_noise_of_schemes_is_measured(tiny_llama_dir: Path) -> None:
+    found = advise(tiny_llama_dir, scenario="mobile", hardware="apple-m2-max", context=64)
+    noise = {option.scheme: option.sqnr_db for option in found.options}
+    eight, fine, three = noise["W8A16-channel"], noise["W4A16-g32"], noise["ternary"]
+    assert eight is not None
+    assert fine is not None
+    assert three is not None
+    assert eight > fine > three
+    assert noise[None] is None
+    assert str(tiny_llama_dir) in shlex.split(found.commands[0])
+    unfit = next(option for option in found.options if option.scheme == "W4A16-g128")
+    assert unfit.size_bytes is None
+    assert "group_size 128" in unfit.note
+
+
+@pytest.mark.parametrize("scheme", MENU)
+@pytest.mark.parametrize("data", ["none", "some", "lots"])
+def test_methods_exist_and_need_text_only_where_there_is_some(scheme: str, data: str) -> None:
+    method, reason = method_for(scheme, data)  # type: ignore[arg-type]
+    compose(method)
+    assert reason
+    assert data != "none" or method in ("rtn", "hqq")
+
+
+def test_the_command_prints_json_and_tables() -> None:
+    app = typer.Typer()
+    app.command()(command)
+    arguments = [str(CONFIGS / "llama-2-7b.json"), "--scenario", "edge", "--max-loss", "0.05"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["scheme"] == "W4A16-g128"
+    assert "--max-kl 0.05" in found["commands"][0]
+    shown = CliRunner().invoke(app, arguments)
+    assert "> W4A16-g128" in shown.stdout
+
+
+def test_bad_input_is_one_line() -> None:
+    config = CONFIGS / "llama-2-7b.json"
+    with pytest.raises(UnknownName, match="unknown scenario 'clod'"):
+        advise(config, scenario="clod")
+    with pytest.raises(UnknownName, match="unknown hardware"):
+        advise(config, scenario="edge", hardware="h1000")
+    with pytest.raises(RecipeError, match="--kv-bits"):
+        advise(config, scenario="edge", kv_bits=0)

@@ -1,0 +1,146 @@
+"""A search keeps its budget, its fused sets and the recipe's rules, and what it says of sizes is what is written."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitwright.budget import Budget
+from bitwright.errors import RecipeError
+from bitwright.escalation import Rung, apply
+from bitwright.mixture import Search
+from bitwright.pipeline import QuantizeResult, quantize
+from bitwright.preparation import open_model
+from bitwright.recipe import Calibration, Recipe, Rule, resolve
+from bitwright.records import read_jsonl
+from bitwright.schemes import Scheme
+from bitwright.search.fused import fusion_violations
+
+MENU = ("W2A16-g32", "W4A16-g32", "W8A16-g32")
+Make = Callable[..., Search]
+
+
+@pytest.fixture
+def make(tiny_llama_dir: Path, tmp_path: Path) -> Make:
+    model = open_model(tiny_llama_dir, device="cpu", dtype="float32", trust_remote_code=False)
+    size = model.skeleton.model.config.vocab_size
+    tokens = torch.randint(size, (4, 32), generator=torch.Generator().manual_seed(0))
+
+    def search(recipe: Recipe | None = None, *, folder: str = "search", **options: Any) -> Search:
+        known = ("fuse", "min_bits", "schemes")
+        budget = Budget(**{key: value for key, value in options.items() if key not in known})
+        given = {"schemes": MENU} | {key: value for key, value in options.items() if key in known}
+        return Search(model, tokens, recipe or Recipe(), budget, tmp_path / folder, num_windows=2, **given)
+
+    return search
+
+
+def bits_of(scheme: str | None) -> float:
+    return 16 if scheme is None else Scheme.parse(scheme).weights.format.bits
+
+
+@pytest.mark.parametrize("bits", [3.6, 5.0, 7.0])
+def test_average_bits_are_kept_and_fused_products_share_a_scheme(make: Make, bits: float) -> None:
+    search = make(average_bits=bits)
+    found = search.run(rounds=2, offspring=2)
+    assert 3.0 <= found.average_bits <= bits
+    assert found.measured_loss <= found.start_loss
+    plan = resolve(found.recipe(search.recipe), search.sites)
+    assert not fusion_violations(plan.sites, [[site.name for site in sites] for sites in search.sets])
+    sizes = [each["size_bytes"] for each in found.frontier]
+    losses = [each["predicted_loss"] for each in found.frontier]
+    assert sizes == sorted(set(sizes))
+    assert losses == sorted(set(losses), reverse=True)
+
+
+def test_the_rounds_of_a_search_are_remembered(make: Make) -> None:
+    first = make(average_bits=4.0).run(rounds=2, offspring=2)
+    assert make(average_bits=4.0).run(rounds=2, offspring=2) == first
+
+
+def test_what_a_recipe_keeps_or_fixes_has_no_choice(make: Make) -> None:
+    kept = Rule(pattern="*.down_proj", scheme=None)
+    fixed = Rule(pattern="*.o_proj", scheme=Scheme.parse("W8A16-g16"))
+    found = make(Recipe(rules=(kept, fixed)), average_bits=14.0).run(rounds=0)
+    assert all(scheme is None for site, scheme in found.schemes.items() if site.endswith("down_proj"))
+    assert all(scheme == "W8A16-g16" for site, scheme in found.schemes.items() if site.endswith("o_proj"))
+
+
+def test_the_fewest_bits_of_a_kind_are_kept(make: Make) -> None:
+    found = make(average_bits=3.5, min_bits={"*.down_proj": 4}).run(rounds=1, offspring=2)
+    assert all(bits_of(scheme) >= 4 for site, scheme in found.schemes.items() if site.endswith("down_proj"))
+    with pytest.raises(RecipeError, match="--min-bits"):
+        make(average_bits=3.5, min_bits={"*.nothing": 4})
+
+
+def test_a_loss_that_is_allowed_is_kept_and_the_smallest_mix_is_taken(make: Make) -> None:
+    loose, strict = make(max_kl=0.05).run(rounds=0), make(max_kl=0.001).run(rounds=0)
+    assert loose.measured_loss <= 0.05
+    assert strict.measured_loss <= 0.001
+    assert loose.size_bytes <= strict.size_bytes
+
+
+def test_an_impossible_budget_says_what_binds_and_what_can_be_reached(make: Make) -> None:
+    with pytest.raises(RecipeError, match=r"max_size_bytes.*cannot be kept: the least"):
+        make(average_bits=1.0).run(rounds=0)
+    with pytest.raises(RecipeError, match="max_memory_bytes"):
+        make(fit_bytes=1000).run(rounds=0)
+
+
+def quantizer(tiny_llama_dir: Path) -> Callable[[Recipe, Path], QuantizeResult]:
+    return lambda recipe, folder: quantize(tiny_llama_dir, recipe, folder)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_text: str) -> Recipe:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text)
+    return Recipe(method="rtn", calibration=Calibration(text=str(text), num_samples=4, seqlen=32))
+
+
+def test_the_files_have_the_size_that_was_said(
+    make: Make, recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    search = make(recipe, average_bits=5.0)
+    found = search.run(rounds=0)
+    done = apply(search, found, found.recipe(recipe), tmp_path / "out", quantizer(tiny_llama_dir), repair=False)
+    written = sum(file.stat().st_size for file in (done.result.run / "4-model").glob("*.safetensors"))
+    assert written == pytest.approx(found.size_bytes, rel=0.01)
+    assert done.failure is None
+
+
+def test_repair_climbs_until_the_gate_holds(make: Make, recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    search = make(recipe, average_bits=6.0)
+    coarse = replace(search.run(rounds=0), schemes=dict.fromkeys((site.name for site in search.sites), "W2A16-g32"))
+    whole = apply(search, coarse, coarse.recipe(recipe), tmp_path / "a", quantizer(tiny_llama_dir), repair=False)
+    search.budget = replace(search.budget, max_kl=0.9 * whole.result.results["kl_mean"])
+    assert apply(search, coarse, coarse.recipe(recipe), tmp_path / "b", quantizer(tiny_llama_dir), repair=False).failure
+    done = apply(search, coarse, coarse.recipe(recipe), tmp_path / "c", quantizer(tiny_llama_dir), repair=True)
+    assert done.failure is None
+    assert done.steps
+    assert done.steps[0].before == str(Rung(scheme="W2A16-g32", method="rtn"))
+    assert done.result.results["kl_mean"] <= search.budget.max_kl
+    records = read_jsonl(tmp_path / "c" / "run" / "5-records.jsonl")
+    assert [record["site"] for record in records if record["kind"] == "repair"] == [step.site for step in done.steps]
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["run"]
+
+
+def test_repair_stops_where_the_budget_has_no_room(
+    make: Make, recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    search = make(recipe, average_bits=3.6)
+    coarse = replace(search.run(rounds=0), schemes=dict.fromkeys((site.name for site in search.sites), "W2A16-g32"))
+    search.budget = replace(search.budget, max_kl=1e-9)
+    done = apply(search, coarse, coarse.recipe(recipe), tmp_path / "out", quantizer(tiny_llama_dir), repair=True)
+    assert done.failure is not None
+    assert "no room" in done.failure
+    schemes = resolve(Recipe.from_mapping(_recipe_of(done.result.run)), search.sites)
+    assert search.costs_fit({name: entry.scheme and str(entry.scheme) for name, entry in schemes.sites.items()})
+
+
+def _recipe_of(run: Path) -> dict[str, Any]:
+    context = next(record for record in read_jsonl(run / "5-records.jsonl") if record["kind"] == "context")
+    return context["recipe"]
