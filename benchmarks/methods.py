@@ -32,7 +32,7 @@ BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "W8A8": {"W8A8": ("rtn", "gptq", "gptaq", "smoothquant", "smoothquant+gptq", "llm_int8")},
     "W4A16-g32": {
-        "W4A16-g32": ("rtn", "gptq", "gptaq", "awq", "signround"), "W4A16-g32-asym": ("gptq", "gptaq", "awq"),
+        "W4A16-g32": ("rtn", "gptq", "gptaq", "awq", "signround", "auto"), "W4A16-g32-asym": ("gptq", "gptaq", "awq"),
     },
     "W8A16": {"W8A16-g32": ("rtn", "gptq"), "W8A16": ("rtn", "gptq")},
 }  # fmt: skip

@@ -97,8 +97,8 @@ def answers(rows: Sequence[Row]) -> list[str]:
         )
         share = mix["kl_mean"] / best["kl_mean"]
         found.append(
-            f"{mix['name']}: {share:.2f} of the KL of {best['name']}, the best uniform scheme that is no larger (asked: "
-            f"0.50).{'' if share <= 0.5 else ' NOT REACHED'} The polish took the rounded mix from "
+            f"{mix['name']}: {share:.2f} of the KL of {best['name']}, the best uniform scheme that is no larger "
+            f"(asked: 0.50).{'' if share <= 0.5 else ' NOT REACHED'} The polish took the rounded mix from "
             f"{mix['start_loss']:.4g} to {mix['polished_loss']:.4g} nats."
         )
     return found
@@ -119,11 +119,11 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         "| | bits per weight | size MB | KL | perplexity |",
         "|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: row["size_bytes"]):
-        lines.append(
-            f"| {row['name']} | {row['bits_per_weight']:.3f} | {row['size_bytes'] / 1e6:.3f} | {row['kl_mean']:.6f} ± "
-            f"{row['kl_stderr']:.6f} | {row['perplexity']:.3f} |"
-        )
+    lines += [
+        f"| {row['name']} | {row['bits_per_weight']:.3f} | {row['size_bytes'] / 1e6:.3f} | {row['kl_mean']:.6f} ± "
+        f"{row['kl_stderr']:.6f} | {row['perplexity']:.3f} |"
+        for row in sorted(rows, key=lambda row: row["size_bytes"])
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -130,9 +130,21 @@ def _finish(search: Search, found: Found, folder: Path, result: QuantizeResult, 
     for other in folder.glob("round-*"):
         shutil.rmtree(other)
     summary = {"kind": "search", "budget": _described(search), **asdict(found)}
-    append_jsonl(RunDirectory(run).records, summary, *(step.to_record() for step in steps))
+    append_jsonl(RunDirectory(run).records, summary, *_sensitivities(search), *(step.to_record() for step in steps))
     failure = None if _gap(search, result) <= 1 else _lost_too_much(search, result)
     return Applied(result=replace(result, run=run), steps=tuple(steps), failure=failure)
+
+
+def _sensitivities(search: Search) -> list[dict[str, Any]]:
+    """What each site would lose in each scheme, as records."""
+    found = search.sensitivity
+    if found is None:
+        return []
+    return [
+        {"kind": "sensitivity", "site": site, "scheme": scheme, "score": found.score, "value": value}
+        for site, row in found.values.items()
+        for scheme, value in row.items()
+    ]
 
 
 def _gap(search: Search, result: QuantizeResult) -> float:

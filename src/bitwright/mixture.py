@@ -132,6 +132,7 @@ class Search:
     ) -> None:
         self.model, self.calibration, self.recipe, self.budget = model, calibration, recipe, budget
         self.folder, self.score, self.num_windows, self.progress = folder, score, num_windows, progress
+        self.sensitivity: Sensitivity | None = None
         self.shape: ModelShape = shape_of_model(model)
         self.sites = tuple(site for site in model_sites(model) if site.kind in QUANTIZABLE_KINDS)
         self.menu = tuple(str(Scheme.parse(name)) for name in schemes or MENUS["weights"])
@@ -150,12 +151,12 @@ class Search:
         Raises:
             RecipeError: no mix keeps the budget; says which limit is to blame and what can be reached.
         """
-        sensitivity = measure_sensitivity(
+        self.sensitivity = measure_sensitivity(
             self.model, self.sites, self.calibration, score=self.score, folder=self.folder / "scores",
             schemes=[Scheme.parse(name) for name in self.menu], recipe=self.recipe,
             num_measured_windows=self.num_windows, progress=self.progress,
         )  # fmt: skip
-        items = self.items(sensitivity)
+        items = self.items(self.sensitivity)
         with self.measuring() as measure:
             allocation, start = self._corrected(items, measure)
             limits = self.limits()

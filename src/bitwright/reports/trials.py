@@ -95,7 +95,7 @@ def summary(found: Trials) -> str:
     if found.refinements:
         text += (
             f" Then single groups tried other solvers: {wording.things(len(found.refinements), 'trial')}, of which "
-            f"{wording.count(kept)} lowered the error and were kept."
+            f"{wording.count(kept)} lowered the error and {'was' if kept == 1 else 'were'} kept."
         )
     return text
 
