@@ -4,7 +4,7 @@
         [--seqlen 256] [--windows 64] [--rounds 20] [--method gptq] [--work FOLDER]
 
 Every uniform scheme and every mix becomes a run of its own, and divergences are measured on text that nothing was
-calibrated on. A mix of size S is compared with the best uniform scheme of at most S. Finished runs are not repeated.
+calibrated on. A mix is compared with the best uniform scheme within its budget. Finished runs are not repeated.
 Writes benchmarks/results/search_<name>_<machine>_<date>.json and .md.
 """
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, work: Path) -> list[Row]:
     budgets["mix-8-bit-kl"] = Budget(max_kl=eight["kl_mean"])
     for name, budget in budgets.items():
         recipe, said = find(args, budget, base, work)
-        rows.append({**measure(args, name, recipe, work), **said})
+        rows.append({**measure(args, name, recipe, work), **said, "asked_bits": budget.average_bits})
         print(rows[-1], flush=True)
     return rows
 
@@ -92,12 +92,12 @@ def answers(rows: Sequence[Row]) -> list[str]:
             )
             continue
         best = min(
-            (row for row in uniform if row["bits_per_weight"] <= mix["bits_per_weight"] + 0.005),
+            (row for row in uniform if row["bits_per_weight"] <= mix["asked_bits"]),
             key=lambda row: row["kl_mean"],
         )
         share = mix["kl_mean"] / best["kl_mean"]
         found.append(
-            f"{mix['name']}: {share:.2f} of the KL of {best['name']}, the best uniform scheme that is no larger "
+            f"{mix['name']}: {share:.2f} of the KL of {best['name']}, the best uniform scheme within its budget "
             f"(asked: 0.50).{'' if share <= 0.5 else ' NOT REACHED'} The polish took the rounded mix from "
             f"{mix['start_loss']:.4g} to {mix['polished_loss']:.4g} nats."
         )
