@@ -15,9 +15,10 @@ from bitwright.schemes import FAMILIES, Scheme
 LARGEST_KL = {8: 0.1, 7: 0.1, 6: 0.1, 5: 0.2, 4: 0.5, 3: 1.5, 2: 5.0, 1: 5.0}
 SCHEMES = (
     "W8A16", "W4A16", "W4A16-asym", "W3A16", "W2A16", "W8A8", "W8A8-static-entropy", "W4A8", "nf4-b64-dq",
-    "kmeans4-g128", "nvfp4-a16", *FAMILIES,
+    "kmeans4-g128", "nvfp4-a16", "fp8", "mxfp4", "nf4", "ternary", "binary",
 )  # fmt: skip
 MORE_SCHEMES = (
+    *(name for name in FAMILIES if name not in SCHEMES),
     "W7A16", "W6A16", "W5A16", "W4A16-g32", "W4A16-tensor", "W4A16-block32",
     *(f"W8A8-static-{name}" for name in ("minmax", "average", "percentile", "mse")), "W8A8-acttensor",
     "W8A8-static-actasym", "W8A8-static-actg64", "W4A8-asym", "W4A16-g64-floatzero", "W4A4-actg64", "fp8-static",

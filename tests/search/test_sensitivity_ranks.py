@@ -42,6 +42,7 @@ print(json.dumps({score: each.to_json() for score, each in found.items()}))
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_do_half_each_and_both_have_all(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
