@@ -121,6 +121,8 @@ def test_any_levels_and_thresholds_against_quadrature(
         # Also cut at the outermost levels, which separate rounding from clipping, and at the kink of Laplace.
         cuts = sorted({low, high, *(c for c in (scale * levels[0], 0.0, scale * levels[-1]) if low < c < high)})
         for a, b in pairwise(cuts):
+            if b - a < 1e-12:  # too narrow to count, and quad warns of rounding
+                continue
             integral = quad(lambda x, v=scale * level: (x - v) ** 2 * distribution.density(abs(x)), a, b, limit=200)[0]
             expected[not scale * levels[0] <= (a + b) / 2 <= scale * levels[-1]] += integral
     error = theory.levels_error(distribution, levels, thresholds, scale=scale)
