@@ -59,7 +59,7 @@ def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
                     max_windows=args.windows, progress=progress,
                 )  # fmt: skip
                 print(f"{scheme}: {found.num_measured} cells measured", file=sys.stderr, flush=True)
-                cells = [r for r in found.records if r["kind"] == "cell" and r["scheme"] == scheme]
+                cells = [r for r in found.records if r["kind"] == "cell" and r["scheme"] == canonical(scheme)]
                 rows += [our_row(budget, record) for record in cells]
     return rows
 
@@ -67,9 +67,16 @@ def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 def known_rows(folder: Path) -> list[dict[str, Any]]:
     """Rows of the cells of ours that an interrupted run has finished."""
     records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    budgets = {scheme: budget for budget, schemes in BUDGETS.items() for scheme in schemes}
+    budgets = {canonical(scheme): budget for budget, schemes in BUDGETS.items() for scheme in schemes}
     finished = [r for r in records if r["kind"] == "cell" and r["status"] == "done"]
     return [our_row(budgets[record["scheme"]], record) for record in finished]
+
+
+def canonical(scheme: str) -> str:
+    """A scheme's name as records have it."""
+    from bitwright.schemes import Scheme
+
+    return str(Scheme.parse(scheme))
 
 
 def our_row(budget: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +166,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip", default="", help="methods of peers to leave out, such as those that take hours")
     parser.add_argument("--only-peers", action="store_true", help="measure peers, write no page")
     parser.add_argument("--known", action="store_true", help="measure nothing: a page of the cells that are finished")
+    parser.add_argument("--note", default="", help="a paragraph for the page: how the machine was shared, say")
     parser.add_argument("--work", type=Path, help="build/methods-NAME unless given")
     args = parser.parse_args()
     for name in ("budgets", "ours", "peers", "skip"):
@@ -183,7 +191,8 @@ def main() -> None:
     circumstances = {
         "name": args.name, "calibration": Path(args.calibration).name, "text": Path(args.text).name,
         "samples": args.samples, "seqlen": args.seqlen, "windows": args.windows, "seed": args.seed,
-        "threads": args.threads, "known": args.known, "machine": f"{environment.cpu}, {environment.num_cores} cores",
+        "threads": args.threads, "known": args.known, "note": args.note,
+        "machine": f"{environment.cpu}, {environment.num_cores} cores",
         "date": date.today().isoformat(),
     }  # fmt: skip
     machine = "".join(c if c.isalnum() else "-" for c in environment.cpu.lower()).strip("-")

@@ -35,6 +35,7 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         "Seconds and memory are of quantization, from the opened model and the token ids on: peers' without saving, "
         "ours without following the gate's text. MB are the growth of the process's resident memory and, in "
         "parentheses, its peak, most of which is libraries.",
+        *([f"\n{c['note']}"] if c.get("note") else []),
         *([UNFINISHED] if c["known"] else []),
         "",
         "## Answers",
@@ -82,12 +83,14 @@ def answers(rows: Sequence[Row]) -> list[str]:
 
 
 def best_answer(budget: str, ours: Sequence[Row], theirs: Sequence[Row]) -> str:
-    """Our lowest row against theirs; one with more bits than any of ours in the budget is in the table only."""
+    """Our lowest row against theirs; one with more bits than any of the other side's is in the table only."""
     most = max(row["bits_per_weight"] for row in ours)
     rivals = [row for row in theirs if row["bits_per_weight"] <= most + TOLERANCE]
     if not rivals:
         return f"{budget}: no peer has as few bits"
-    mine, other = (min(side, key=lambda row: row["kl_mean"]) for side in (ours, rivals))
+    size = max(row["bits_per_weight"] for row in rivals)
+    fair = [row for row in ours if row["bits_per_weight"] <= size + TOLERANCE] or ours
+    mine, other = (min(side, key=lambda row: row["kl_mean"]) for side in (fair, rivals))
     gain = 1 - mine["kl_mean"] / other["kl_mean"]
     reached = gain >= MARGINS.get(budget, 0.0)
     return (

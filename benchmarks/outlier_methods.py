@@ -15,6 +15,7 @@ from typing import Any
 from bitwright.bench import run_bench
 from bitwright.demo import demo_model
 from bitwright.records import Environment, write_json_atomic, write_text_atomic
+from bitwright.schemes import Scheme
 from bitwright.testbed import plant_outliers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def main() -> None:
             rows += [
                 {"model": name, "scheme": scheme, "method": record["method"], **record["figures"]}
                 for record in found.records
-                if record["kind"] == "cell" and record["scheme"] == scheme
+                if record["kind"] == "cell" and record["scheme"] == str(Scheme.parse(scheme))
             ]
     stem = f"outlier-methods_{given.model.name}_{date.today().isoformat()}"
     environment = Environment.capture()
