@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitwright.evaluation.tasks import Answer, mean_and_stderr
+from bitwright.evaluation.score import mean_and_stderr
+from bitwright.evaluation.tasks import Answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

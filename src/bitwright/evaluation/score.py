@@ -7,6 +7,7 @@ tokens, as the independent sample, because tokens of one window are not independ
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ class Scorer:
 
     def result(self) -> Score:
         """Return the score of all windows added so far."""
-        nll, nll_stderr = _mean_and_stderr(self._nll)
+        nll, nll_stderr = mean_and_stderr(self._nll)
         perplexity = math.exp(nll) if math.isfinite(nll) and nll < 700 else math.inf
         base = Score(
             num_windows=len(self._nll),
@@ -94,7 +95,7 @@ class Scorer:
         if not self._kl:
             return base
         tokens = torch.cat(self._kl)
-        _, kl_stderr = _mean_and_stderr(self.window_kl)
+        _, kl_stderr = mean_and_stderr(self.window_kl)
         return Score(
             num_windows=base.num_windows,
             num_tokens=base.num_tokens,
@@ -108,7 +109,8 @@ class Scorer:
         )
 
 
-def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of independent values and its standard error, None for a single one."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None

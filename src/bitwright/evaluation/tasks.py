@@ -17,6 +17,7 @@ from torch import Tensor
 from bitwright.errors import CheckpointError, DataError
 from bitwright.evaluation.question_tokens import EncodedOption, EncodedQuestion
 from bitwright.evaluation.ragged import Batch, RaggedHidden, plan_batches, position_logits, ragged_hidden
+from bitwright.evaluation.score import mean_and_stderr
 from bitwright.model.stream import StreamedModel
 from bitwright.progress import Progress
 
@@ -111,15 +112,6 @@ def task_score(
     hidden.delete()
     answers = [_answer(question, list(islice(predicted, len(question.options)))) for question in questions]
     return _score(questions, answers)
-
-
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of independent values and its standard error; None for a single value."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
 
 
 def _check_vocabulary(model: StreamedModel, options: Sequence[EncodedOption]) -> None:

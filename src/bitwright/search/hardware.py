@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from bitwright.errors import RecipeError, UnknownName, did_you_mean
 from bitwright.numerics.formats import has_float_zero
@@ -92,7 +92,7 @@ class Hardware:
         for key, value in positive.items():
             if not value > 0:
                 raise RecipeError(f"{key} must be above 0, got {value}. Leave out what is not known.")
-        known = Arithmetic.__args__  # type: ignore[attr-defined]
+        known = get_args(Arithmetic)
         for key in self.tera_ops_per_s:
             if key not in known:
                 raise RecipeError(f"tera_ops_per_s: unknown arithmetic '{key}'.{did_you_mean(key, known)}")
