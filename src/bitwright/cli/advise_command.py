@@ -1,13 +1,12 @@
 """`bitwright advise`: the answers, the figures behind them, and the commands to run next."""
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from bitwright.cli.console import print_json, wide_console
 from bitwright.errors import UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -57,11 +56,9 @@ def advise(
     else:
         raise UnknownName(f"--data {data}: unknown.{did_you_mean(data, DATA)}")
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print_json(found.to_json())
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)  # a pipe has no width of its own
+    console = wide_console(WIDTH)
     for table in advice_tables(found):
         console.print(table, highlight=False)
     for command in found.commands:

@@ -69,11 +69,15 @@ def fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def wide_console(width: int | None) -> Console:
+    """The terminal, or a pipe of so many columns, which has no width of its own."""
+    console = Console()
+    return console if width is None or console.is_terminal else Console(width=width)
+
+
 def show(*things: Any, width: int | None = None) -> None:
     """Print texts and tables; `width` columns where the output has no width of its own."""
-    console = Console()
-    if width is not None and not console.is_terminal:
-        console = Console(width=width)
+    console = wide_console(width)
     for thing in things:
         console.print(thing, soft_wrap=isinstance(thing, str), highlight=False)
 

@@ -1,14 +1,12 @@
 """`bitwright diagnose`: what is wrong with a quantized checkpoint, where, and how to mend it."""
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from bitwright.cli.console import ProgressBars
+from bitwright.cli.console import ProgressBars, print_json, wide_console
 
 if TYPE_CHECKING:
     from bitwright.checkup.findings import Checkup, Finding
@@ -49,7 +47,7 @@ def diagnose(
             progress=progress,
         )
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print_json(found.to_json())
     elif not quiet:
         _show(found)
     if found.num_errors:
@@ -57,9 +55,7 @@ def diagnose(
 
 
 def _show(found: "Checkup") -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)  # a pipe has no width of its own
+    console = wide_console(WIDTH)
     for finding in found.findings:
         console.print(f"[{COLOURS[finding.severity]}]{finding.severity}[/] [bold]{finding.kind}[/] {finding.site}")
         for line in _lines(finding):

@@ -1,15 +1,13 @@
 """`bitwright sensitivity`: what each site can bear, by several scores, and how well the cheap ones foresee the rest."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from bitwright.cli.console import ProgressBars
+from bitwright.cli.console import ProgressBars, listed, print_json, wide_console
 from bitwright.errors import UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -55,8 +53,8 @@ def sensitivity(
             model,
             out,
             calibration=calibration,
-            scores=_listed(scores),
-            schemes=_listed(schemes),
+            scores=listed(scores),
+            schemes=listed(schemes),
             target=kind,
             num_samples=samples,
             seqlen=seqlen,
@@ -67,15 +65,13 @@ def sensitivity(
             progress=progress,
         )
     if as_json:
-        print(json.dumps(report.to_json(), indent=1))
+        print_json(report.to_json())
     elif not quiet:
         _show(report)
 
 
 def _show(report: "SensitivityReport") -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)  # a pipe has no width of its own
+    console = wide_console(PIPE_WIDTH)
     console.print(score_table(report.scores.get("measured") or list(report.scores.values())[-1]))
     if report.correlations:
         console.print(correlation_table(report))
@@ -105,8 +101,3 @@ def correlation_table(report: "SensitivityReport") -> Table:
     for score, found in report.correlations.items():
         table.add_row(score, *("–" if found[c] is None else f"{found[c]:.2f}" for c in columns))
     return table
-
-
-def _listed(given: list[str] | None) -> list[str]:
-    """The parts of options that hold several, separated by commas."""
-    return [part.strip() for each in given or () for part in each.split(",") if part.strip()]

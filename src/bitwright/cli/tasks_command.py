@@ -1,16 +1,14 @@
 """`bitwright tasks`: accuracy on questions, and which answers a quantized model gives otherwise than its original."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from bitwright.cli.console import ProgressBars
+from bitwright.cli.console import ProgressBars, print_json, wide_console
 from bitwright.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -79,11 +77,9 @@ def tasks(
     if as_json:
         tables = {"tasks": answered, "lm_eval": measured}
         found = {name: [result.to_json() for result in results] for name, results in tables.items()}
-        print(json.dumps({"model": target, "reference_model": reference, "limit": limit, **found}, indent=1))
+        print_json({"model": target, "reference_model": reference, "limit": limit, **found})
     elif not quiet:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=PIPE_WIDTH)
+        console = wide_console(PIPE_WIDTH)
         console.print(*result_tables(target, reference, answered, measured), highlight=False)
 
 
