@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -179,28 +178,19 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from methods_page import page
-
-    from bitwright.records import Environment, write_json_atomic, write_text_atomic
+    from result_files import write_results
 
     work = args.work or ROOT / "build" / f"methods-{args.name}"
     if args.only_peers:
         run_theirs(args, work)
         return
     rows = run_ours(args, work) + run_theirs(args, work)
-    environment = Environment.capture()
     circumstances = {
         "name": args.name, "calibration": Path(args.calibration).name, "text": Path(args.text).name,
         "samples": args.samples, "seqlen": args.seqlen, "windows": args.windows, "seed": args.seed,
         "threads": args.threads, "known": args.known, "note": args.note,
-        "machine": f"{environment.cpu}, {environment.num_cores} cores",
-        "date": date.today().isoformat(),
     }  # fmt: skip
-    machine = "".join(c if c.isalnum() else "-" for c in environment.cpu.lower()).strip("-")
-    stem = f"methods_{args.name}_{machine}-{environment.num_cores}-cores_{circumstances['date']}"
-    target = ROOT / "benchmarks" / "results" / stem
-    write_json_atomic(target.with_suffix(".json"), {"circumstances": circumstances, "rows": rows})
-    write_text_atomic(target.with_suffix(".md"), page(circumstances, rows))
-    print(target.with_suffix(".md"))
+    write_results("methods", circumstances, rows, page)
 
 
 if __name__ == "__main__":

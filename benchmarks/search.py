@@ -11,9 +11,10 @@ Writes benchmarks/results/search_<name>_<machine>_<date>.json and .md.
 import argparse
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from result_files import write_results
 
 from bitwright.budget import Budget
 from bitwright.demo import demo_model
@@ -21,7 +22,6 @@ from bitwright.mixture import Search
 from bitwright.pipeline import evaluate, quantize
 from bitwright.preparation import open_model, text_sample
 from bitwright.recipe import Calibration, Recipe
-from bitwright.records import Environment, write_json_atomic, write_text_atomic
 from bitwright.schemes import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,19 +142,12 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work or ROOT / "build" / f"search-{args.name}"
     rows = run(args, work)
-    environment = Environment.capture()
     circumstances = {
         "name": args.name, "calibration": Path(args.calibration).name, "text": Path(args.text).name,
         "samples": args.samples, "seqlen": args.seqlen, "windows": args.windows, "rounds": args.rounds,
-        "method": args.method, "machine": f"{environment.cpu}, {environment.num_cores} cores",
-        "date": date.today().isoformat(),
+        "method": args.method,
     }  # fmt: skip
-    machine = "".join(c if c.isalnum() else "-" for c in environment.cpu.lower()).strip("-")
-    stem = f"search_{args.name}_{machine}-{environment.num_cores}-cores_{circumstances['date']}"
-    target = ROOT / "benchmarks" / "results" / stem
-    write_json_atomic(target.with_suffix(".json"), {"circumstances": circumstances, "rows": rows})
-    write_text_atomic(target.with_suffix(".md"), page(circumstances, rows))
-    print(target.with_suffix(".md"))
+    write_results("search", circumstances, rows, page)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def _needed(now: Situation) -> Answer:
     if not dense.fits:
         return Answer(question=question, answer="yes", reason=f"{total} are needed and {room} can be used")
     reason = f"{total} are needed and {room} can be used; what it buys is speed and room for longer contexts"
-    return Answer(question=question, answer="not to fit", reason=reason)
+    return Answer(question=question, answer="no: it fits", reason=reason)
 
 
 def _weights_or_both(now: Situation) -> Answer:
