@@ -101,7 +101,9 @@ def solve(method: str, weight: Tensor, grid: AnyGrid, stats: SiteStats, options:
     solver = SOLVERS[method].solve
     assert solver is not None
     rows = {"site": slice(0, weight.shape[0])}
-    return solver(weight, grid, Problem(stats=stats, recipe=Recipe(gptq=options), refit=refit, rows=rows))
+    return solver(
+        weight, grid, Problem(stats=stats, recipe=Recipe(gptq=options), refit=refit, cover=lambda: grid, rows=rows)
+    )
 
 
 @EVERY_CASE

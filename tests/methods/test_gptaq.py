@@ -1,13 +1,17 @@
 """GPTAQ against least squares and column-by-column rounding straight from the objective, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from bitwright.methods.gptaq import asymmetric_target, gptaq
+from bitwright.methods.gptaq import asymmetric_target
 from bitwright.methods.gptq import gptq
 from bitwright.numerics.granularity import Granularity
+from bitwright.numerics.grid import AnyGrid
 from bitwright.numerics.integer import IntegerFormat
+from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import fit_grid
 
 NUM_ROWS, NUM_COLUMNS, NUM_TOKENS, DAMP = 6, 24, 90, 0.01
@@ -23,6 +27,10 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
     original += 0.5 * torch.randn(NUM_TOKENS, NUM_COLUMNS, dtype=torch.float64, generator=generator)
     drift = 0.2 * torch.randn(NUM_TOKENS, NUM_COLUMNS, dtype=torch.float64, generator=generator)
     return original + drift - 0.1 * original, original
+
+
+def gptaq(weight: Tensor, hessian: Tensor, drift: Tensor | None, grid: AnyGrid, **sweep: Any) -> QTensor:
+    return gptq(asymmetric_target(weight, hessian, drift, damp=DAMP), hessian, grid, damp=DAMP, **sweep)
 
 
 def weight_of() -> Tensor:
@@ -64,7 +72,7 @@ def test_codes_are_those_of_rounding_column_by_column_towards_the_unquantized_ou
     hessian, drift = moments(x, original)
     grid = fit_grid(weight, INT3, GROUPS)
     order = torch.argsort(hessian.diagonal(), descending=True).tolist() if act_order else list(range(NUM_COLUMNS))
-    found = gptaq(weight, hessian, drift, grid, damp=DAMP, act_order=act_order)
+    found = gptaq(weight, hessian, drift, grid, act_order=act_order)
     assert torch.equal(found.codes, naive(weight, x, original, grid, order))
     assert not torch.equal(found.codes, gptq(weight, hessian, grid, damp=DAMP, act_order=act_order).codes)
 

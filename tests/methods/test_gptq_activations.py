@@ -34,7 +34,9 @@ def solved(x: Tensor, quantizer: InputQuantizer | None, weight: Tensor) -> Tenso
     grid = fit_grid(weight, FORMATS["int4"], Granularity(kind="channel"))  # type: ignore[arg-type]
     solve = SOLVERS["gptq"].solve
     assert solve is not None
-    return solve(weight, grid, Problem(stats=stats, recipe=Recipe(), refit=lambda *_: grid)).dequantize()
+    return solve(
+        weight, grid, Problem(stats=stats, recipe=Recipe(), refit=lambda *_: grid, cover=lambda: grid)
+    ).dequantize()
 
 
 def test_the_error_of_what_inference_computes_is_smaller() -> None:

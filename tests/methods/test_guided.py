@@ -52,7 +52,7 @@ def stats_of(x: Tensor, weights: dict[str, Tensor], batches: int = 1) -> SiteSta
 def test_each_group_of_rows_is_solved_with_its_own_hessian(granularity: Granularity) -> None:
     weight, grid = weight_of(), fit_grid(weight_of(), UINT3, granularity)
     hessians = [2 / 40 * part.T.double() @ part.double() for part in inputs().split(40)]
-    found = by_rows(weight, list(zip(HALVES, hessians, strict=True)), grid, gptq)
+    found = by_rows(weight, list(zip(HALVES, hessians, strict=True)), [grid], lambda w, h, grids: gptq(w, h, grids[0]))
     for rows, hessian in zip(HALVES, hessians, strict=True):
         assert torch.equal(found.codes[rows], gptq(weight, hessian, grid).codes[rows])
     assert torch.equal(found.grid.dequantize(found.codes), grid.dequantize(found.codes))
@@ -67,7 +67,7 @@ def test_refitted_scales_stay_with_their_rows() -> None:
         return fit_grid(current, UINT3, Granularity(kind="channel"))
 
     sweep = partial(gptq, act_order=False, refit=refit)
-    found = by_rows(weight, list(zip(HALVES, hessians, strict=True)), grid, sweep)
+    found = by_rows(weight, list(zip(HALVES, hessians, strict=True)), [grid], lambda w, h, grids: sweep(w, h, grids[0]))
     for rows, hessian in zip(HALVES, hessians, strict=True):
         alone = sweep(weight[rows], hessian, grid.rows(rows.start, rows.stop))
         assert torch.equal(found.rows(rows.start, rows.stop).dequantize(), alone.dequantize())
@@ -92,7 +92,11 @@ def test_constant_gradients_are_gptq_bit_for_bit_also_in_a_stack() -> None:
     stats = stats_of(inputs(), {"q": torch.ones(3, NUM_TOKENS), "k": torch.ones(2, NUM_TOKENS)})
     weight, grid = weight_of(), fit_grid(weight_of(), UINT3, GROUPS)
     problem = Problem(
-        stats=stats, recipe=Recipe(), refit=lambda *_: grid, rows={"q": slice(0, 7), "k": slice(7, NUM_ROWS)}
+        stats=stats,
+        recipe=Recipe(),
+        refit=lambda *_: grid,
+        cover=lambda: grid,
+        rows={"q": slice(0, 7), "k": slice(7, NUM_ROWS)},
     )
     assert [rows for rows, _ in problem.guided_hessians] == [
         slice(0, 2), slice(2, 4), slice(4, 7), slice(7, 9), slice(9, 12)

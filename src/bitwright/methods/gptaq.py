@@ -14,10 +14,7 @@ Legend: O out features, I in features.
 
 from torch import Tensor
 
-from bitwright.methods.gptq import Refit, gptq
-from bitwright.numerics.grid import AnyGrid
 from bitwright.numerics.linalg import damped_inverse_cholesky, dead_columns, wide_dtype
-from bitwright.numerics.qtensor import QTensor
 
 
 def asymmetric_target(weight: Tensor, hessian: Tensor, drift: Tensor | None, *, damp: float) -> Tensor:
@@ -32,6 +29,9 @@ def asymmetric_target(weight: Tensor, hessian: Tensor, drift: Tensor | None, *, 
         damp: λ as in `gptq`.
     Raises:
         SingularHessian: no Cholesky factor even with the largest damping.
+    Reference:
+        arXiv:2504.02692 (GPTAQ). Differs: the correction is the closed form of the least squares problem, taken before
+        the sweep, where the paper adds for each column what the columns after it can make up for.
     """
     if drift is None:
         return weight
@@ -43,26 +43,3 @@ def asymmetric_target(weight: Tensor, hessian: Tensor, drift: Tensor | None, *, 
     factor = damped_inverse_cholesky(filled, damp)
     correction = ((weight.to(wide) @ drift.to(wide)) @ factor.T) @ factor
     return (weight.to(wide) + correction).to(weight.dtype)
-
-
-def gptaq(
-    weight: Tensor,
-    hessian: Tensor,
-    drift: Tensor | None,
-    grid: AnyGrid,
-    *,
-    damp: float = 0.01,
-    block: int = 128,
-    act_order: bool = True,
-    refit: Refit | None = None,
-) -> QTensor:
-    """GPTQ towards the outputs of the unquantized model; arguments as `asymmetric_target` and `gptq`.
-
-    Raises:
-        SingularHessian: no Cholesky factor even with the largest damping.
-    Reference:
-        arXiv:2504.02692 (GPTAQ). Differs: the correction is the closed form of the least squares problem, taken before
-        the sweep, where the paper adds for each column what the columns after it can make up for.
-    """
-    target = asymmetric_target(weight, hessian, drift, damp=damp)
-    return gptq(target, hessian, grid, damp=damp, block=block, act_order=act_order, refit=refit)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bitwright.methods.row_choice import has_scales_of_rows
 from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.qtensor import QTensor
 
@@ -16,36 +17,36 @@ from bitwright.numerics.qtensor import QTensor
 def by_rows(
     weight: Tensor,
     hessians: Sequence[tuple[slice, Tensor]],
-    grid: AnyGrid,
-    solve: Callable[[Tensor, Tensor, AnyGrid], QTensor],
+    grids: Sequence[AnyGrid],
+    solve: Callable[[Tensor, Tensor, Sequence[AnyGrid]], QTensor],
 ) -> QTensor:
     """Solve each group of rows with its own Hessian.
 
     Args:
         weight: [O, I].
         hessians: rows -> [I, I]; together all rows, in order.
-        grid: the levels of every weight.
-        solve: (rows of the weight, their Hessian, their grid) -> their codes, on that grid or one refitted.
+        grids: the levels of every weight; of one granularity, where there are several to choose from.
+        solve: (rows of the weight, their Hessian, their grids) -> their codes, on one of the grids or one refitted.
     Reference:
         arXiv:2505.07004 (GuidedQuant), with GPTQ as the layer-wise method. Hessians: see
         `calibration.output_gradients`.
     """
-    height = grid.granularity.block_rows or 1
+    height = grids[0].granularity.block_rows or 1
     codes: list[Tensor] = []
-    grids: list[AnyGrid] = []
+    chosen: list[AnyGrid] = []
     for rows, hessian in hessians:
         # Rows do not depend on each other: where a group cuts a tile that shares its scale, solve the whole tiles.
         start = rows.start // height * height
         stop = min(-(-rows.stop // height) * height, weight.shape[0])
-        part = solve(weight[start:stop], hessian, grid.rows(start, stop))
+        part = solve(weight[start:stop], hessian, [grid.rows(start, stop) for grid in grids])
         codes.append(part.codes[rows.start - start : rows.stop - start])
-        grids.append(part.grid)
-    return QTensor(codes=torch.cat(codes), grid=_stacked(grids, grid))
+        chosen.append(part.grid)
+    return QTensor(codes=torch.cat(codes), grid=_stacked(chosen, grids[0]))
 
 
 def _stacked(parts: list[AnyGrid], whole: AnyGrid) -> AnyGrid:
-    """The grid of all rows; only scales of groups within rows may have been refitted."""
-    if not isinstance(whole, Grid) or whole.granularity.kind != "group" or whole.stored is not None:
+    """The grid of all rows; only scales of rows and of groups within them may be others."""
+    if not isinstance(whole, Grid) or not has_scales_of_rows(whole):
         return whole
     grids = [part for part in parts if isinstance(part, Grid)]
     zero_points = [part.zero_point for part in grids if part.zero_point is not None]

@@ -1,6 +1,6 @@
 """What a weight solver is, and the table of those that exist."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -10,11 +10,12 @@ from torch import Tensor
 from bitwright.calibration.collect import SiteStats
 from bitwright.calibration.output_gradients import channel_groups
 from bitwright.methods.block_ap import block_ap
-from bitwright.methods.gptaq import asymmetric_target, gptaq
+from bitwright.methods.gptaq import asymmetric_target
 from bitwright.methods.gptq import Refit, gptq
 from bitwright.methods.guided import by_rows
 from bitwright.methods.hqq import hqq
 from bitwright.methods.lnq import lnq
+from bitwright.methods.row_choice import best_rows, has_scales_of_rows
 from bitwright.methods.rtn import rtn
 from bitwright.methods.signround import signround
 from bitwright.methods.stage import BlockStage, BlockTask
@@ -39,12 +40,14 @@ class Problem:
         stats: of the inputs, as they will be at inference.
         recipe: holds the options of every method.
         refit: fits a new grid to the current weights [O, g] of columns first … end.
+        cover: fits a grid that covers the whole range of the weight.
         rows: site -> its rows of the weight, in order; sites with the same inputs are solved as one weight.
     """
 
     stats: SiteStats
     recipe: Recipe
     refit: Refit
+    cover: Callable[[], AnyGrid]
     rows: Mapping[str, slice] = field(default_factory=dict[str, slice])
 
     @property
@@ -113,7 +116,22 @@ def _towards(weight: Tensor, grid: AnyGrid, problem: Problem, *, asymmetry: floa
     """GPTQ; its target makes up for what the rounding of inputs does, and for a part of what the prefix has done."""
     hessian = problem.stats.hessian
     assert hessian is not None
-    return gptaq(weight, hessian, problem.stats.drift(asymmetry), grid, **_sweep(grid, problem))
+    target = asymmetric_target(weight, hessian, problem.stats.drift(asymmetry), damp=problem.recipe.gptq.damp)
+    return _swept(target, hessian, _grids(grid, problem), _sweep(grid, problem))
+
+
+def _swept(target: Tensor, hessian: Tensor, grids: Sequence[AnyGrid], sweep: Mapping[str, Any]) -> QTensor:
+    """GPTQ on each of the grids; every row takes the one that serves it best."""
+    results = [gptq(target, hessian, grid, **sweep) for grid in grids]
+    return results[0] if len(results) == 1 else best_rows(target, hessian, results)
+
+
+def _grids(grid: AnyGrid, problem: Problem) -> list[AnyGrid]:
+    """The grids of which each row may take the one that serves it best."""
+    recipe = problem.recipe
+    if recipe.range_method != "auto" or not recipe.gptq.act_order or not has_scales_of_rows(grid):
+        return [grid]
+    return [grid, problem.cover()]
 
 
 def _guided(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:
@@ -129,7 +147,8 @@ def _guided_towards(weight: Tensor, grid: AnyGrid, problem: Problem, *, asymmetr
     assert hessian is not None
     drift, damp = problem.stats.drift(asymmetry), problem.recipe.gptq.damp
     target = asymmetric_target(weight, hessian, drift, damp=damp)
-    return by_rows(target, problem.guided_hessians, grid, partial(gptq, **_sweep(grid, problem)))
+    sweep = partial(_swept, sweep=_sweep(grid, problem))
+    return by_rows(target, problem.guided_hessians, _grids(grid, problem), sweep)
 
 
 def _sweep(grid: AnyGrid, problem: Problem) -> dict[str, Any]:
