@@ -66,3 +66,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"{hint} Known: {', '.join(names)}."
+
+
+class TrainingDiverged(VerificationError):
+    """A loss or gradient that is not finite; the last good checkpoint stays."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.calibration.collect import SiteStats
 from bitwright.errors import SingularHessian, VerificationError
 from bitwright.methods.repairs import REPAIRS
-from bitwright.methods.solvers import SOLVERS, Problem
+from bitwright.methods.solvers import SOLVERS, TRAINED_ELSEWHERE, Problem
 from bitwright.methods.stage import BlockStage, BlockTask
 from bitwright.model.layouts.own import input_scale
 from bitwright.model.sites import Site, weight_view
@@ -34,6 +34,7 @@ from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.recipe import Plan, Recipe, SitePlan
 from bitwright.schemes import MODEL_SCALE, ActivationScheme, WeightScheme
 from bitwright.site_histogram import SiteHistogram, site_histogram
+from bitwright.train.given_sites import GivenSites
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,16 +89,22 @@ class GroupSolver:
 
     Args:
         fisher: file of E[g²] per parameter, where the recipe weighs by it.
+        given: sites whose codes training has found.
     """
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, plan: Plan, fisher: Path) -> None:
-        self.skeleton, self.recipe, self.plan, self.fisher = skeleton, recipe, plan, fisher
+    def __init__(
+        self, skeleton: Skeleton, recipe: Recipe, plan: Plan, fisher: Path, given: GivenSites | None = None
+    ) -> None:
+        self.skeleton, self.recipe, self.plan, self.fisher, self.given = skeleton, recipe, plan, fisher, given
 
     def solve(
         self, stage: BlockStage, members: list[Site], stats: SiteStats
     ) -> Iterator[tuple[Site, QuantizedSite, SiteResult]]:
         """Solve the sites of a group, those planned alike as one stacked weight: rows do not depend on each other."""
         for stack in self._planned_alike(members):
+            if self.plan.sites[stack[0].name].method == TRAINED_ELSEWHERE:
+                yield from (self._take(stage, site, stats) for site in stack)
+                continue
             start = self._start(stage, stack, stats)
             result = self._solve_stack(start)
             first = 0
@@ -164,6 +171,19 @@ class GroupSolver:
             stack=stack, entry=entry, method=method, reason=reason, weight=weight, grid=grid, stats=stats,
             outliers=outliers, columns=columns,
         )  # fmt: skip
+
+    def _take(self, stage: BlockStage, site: Site, stats: SiteStats) -> tuple[Site, QuantizedSite, SiteResult]:
+        """Put a given site into the block and describe it."""
+        assert self.given is not None
+        entry, quantized = self.plan.sites[site.name], self.given.read(site.name).to(self.skeleton.device)
+        weight, dtype = stage.weight(site), self._stored_dtype(site)
+        start = _Start(
+            stack=[site], entry=entry, method=TRAINED_ELSEWHERE, reason=entry.reason, weight=weight,
+            grid=quantized.weight.grid, stats=stats, outliers=quantized.weight.outliers, columns=quantized.columns,
+        )  # fmt: skip
+        detail = _describe(site, start, quantized, weight, quantized.weight.dequantize(dtype).float())
+        weight_view(stage.block, site, stage.name).copy_(quantized.dense(dtype))
+        return site, quantized, detail
 
     def _finish(
         self, stage: BlockStage, start: "_Start", site: Site, rows: slice, result: QTensor

@@ -1,5 +1,6 @@
 """The verbs, as on the command line: inspect, quantize (calibrates and decides on its way), evaluate, export."""
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from bitwright.automatic import BASELINE, adopt, baseline_job, choose, gate_loss
 from bitwright.calibration.fisher import fisher_information
 from bitwright.calibration.output_gradients import output_gradients
 from bitwright.data.overlap import require_disjoint
-from bitwright.errors import CheckpointError, RunError, VerificationError
+from bitwright.errors import CheckpointError, RecipeError, RunError, VerificationError
 from bitwright.evaluation.score import Score
 from bitwright.evaluation.streamed import evaluate as evaluate_streamed
 from bitwright.exporters.registered import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
+from bitwright.methods.solvers import TRAINED_ELSEWHERE
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.model.tensor_file import save_tensors_atomic
@@ -40,11 +42,39 @@ from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
 from bitwright.runs import RUN_FILE, RunDirectory, open_run
+from bitwright.train.given_sites import GivenSites
 from bitwright.transformation import transformed
 from bitwright.walk import FISHER, GUIDED, Walk, needs_gradients
 
 LONGEST_DEFAULT_WINDOW = 2048
 ANALYSIS_WINDOW = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What training leaves for a run to write.
+
+    Attributes:
+        model: directory of the dense model, with everything that was trained beside the sites.
+        sites: folder of given sites; see `train.given_sites`.
+    """
+
+    model: Path
+    sites: Path
+
+    def hash(self) -> str:
+        """SHA-256 of both."""
+        digest = hashlib.sha256(open_checkpoint(self.model).audit().encode())
+        for file in sorted(self.sites.iterdir()):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def open(self, original: StreamedModel) -> StreamedModel:
+        """Open the trained model as the original is open."""
+        return StreamedModel(
+            open_checkpoint(self.model), device=str(original.device), dtype=original.dtype,
+            trust_remote_code=original.skeleton.trust_remote_code,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +105,7 @@ def quantize(
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
     announce: Callable[[Estimate], None] = lambda _: None,
+    trained: Trained | None = None,
 ) -> QuantizeResult:
     """Quantize a model into a run directory; the same call resumes an interrupted run and returns a finished one.
 
@@ -87,11 +118,14 @@ def quantize(
         dtype: compute type of activations: float32, bfloat16 or float16.
         progress: called with (what, done, total).
         announce: called once with what the run will need, when every check has passed.
+        trained: codes to write for the sites whose method is `trained`.
     Raises:
         BitwrightError: see `errors`; nothing is written unless every check has passed.
     """
     begun = time.perf_counter()
     run = RunDirectory(Path(out))
+    if trained is None and TRAINED_ELSEWHERE in recipe.methods:
+        raise RecipeError(f"method {TRAINED_ELSEWHERE}: is what training leaves. Use bitwright train qat.")
     job = prepare(
         model,
         recipe,
@@ -101,13 +135,14 @@ def quantize(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         progress=progress,
+        trained="" if trained is None else trained.hash(),
     )
     done = 0
     if fresh or not run.is_complete or run.work.exists():
         try:
             run.start(job.fingerprint, _asked(model, job), fresh=fresh)
             announce(job.needed)
-            done = 0 if run.is_complete else _carry_out(job, run, begun, trust_remote_code, progress)
+            done = 0 if run.is_complete else _carry_out(job, run, begun, trust_remote_code, progress, trained)
         finally:
             run.release()
     info = run.info
@@ -117,12 +152,17 @@ def quantize(
     return QuantizeResult(run=run.path, results=info["results"], failure=failure, resumed_blocks=done)
 
 
-def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: bool, progress: Progress) -> int:
+def _carry_out(
+    job: Job, run: RunDirectory, begun: float, trust_remote_code: bool, progress: Progress, trained: Trained | None
+) -> int:
     """Do what is left of a run; return how many blocks were done before."""
     if job.recipe.importance == "fisher":
         _measure_fisher(job, run, trust_remote_code, progress)
     try:
         model, frame = transformed(job, run.work, progress)
+        given: GivenSites | None = None
+        if trained is not None:
+            model, given = trained.open(job.model), GivenSites(trained.sites)
         baseline: Job | None = None
         if is_automatic(job.plan):
             baseline = baseline_job(job)
@@ -130,7 +170,7 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: boo
             job = replace(job, recipe=recipe, plan=plan)
         _measure_output_gradients(job, model, run, trust_remote_code, progress)
         memory = PeakMemory()
-        walk = _walk(job, model, frame, run, progress)
+        walk = _walk(job, model, frame, run, progress, given)
         gate, reference = walk.execute()
         if baseline is not None:
             other = RunDirectory(run.work / BASELINE)
@@ -149,10 +189,13 @@ def _carry_out(job: Job, run: RunDirectory, begun: float, trust_remote_code: boo
     return walk.resumed_blocks
 
 
-def _walk(job: Job, model: StreamedModel, frame: Tensor | None, run: RunDirectory, progress: Progress) -> Walk:
+def _walk(
+    job: Job, model: StreamedModel, frame: Tensor | None, run: RunDirectory, progress: Progress,
+    given: GivenSites | None = None,
+) -> Walk:  # fmt: skip
     return Walk(
         model, run, job.recipe, job.plan, job.layouts, job.calibration, job.gate, progress,
-        original=job.model, frame=frame,
+        original=job.model, frame=frame, given=given,
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def text_windows(model: StreamedModel, text: str, seqlen: int, *, trust_remote_c
     check_seqlen(model, seqlen)
     tokenizer = load_tokenizer(model.skeleton.checkpoint, trust_remote_code=trust_remote_code)
     windows = split_windows(tokenise(tokenizer, load_corpus(text).documents), seqlen=seqlen, source=text)
-    _check_vocabulary(model, windows)
+    check_vocabulary(model, windows)
     return windows
 
 
@@ -124,7 +124,7 @@ def text_sample(
     tokenizer = load_tokenizer(model.skeleton.checkpoint, trust_remote_code=trust_remote_code)
     tokens = tokenise(tokenizer, load_corpus(text).documents)
     windows = sample_windows(tokens, num_samples=num_samples, seqlen=seqlen, seed=seed, source=text)
-    _check_vocabulary(model, windows)
+    check_vocabulary(model, windows)
     return windows
 
 
@@ -147,9 +147,12 @@ def prepare(
     dtype: str,
     trust_remote_code: bool,
     progress: Progress,
+    trained: str = "",
 ) -> Job:
     """Decide everything and check everything; nothing is written.
 
+    Args:
+        trained: hash of what training has found, where that is to be written.
     Raises:
         BitwrightError: whatever is wrong with model, recipe, text, machine or run directory.
     """
@@ -162,7 +165,7 @@ def prepare(
     sites, plan, layouts = decided.sites, decided.plan, decided.layouts
     check_seqlen(model, recipe.calibration.seqlen)
     model_hash = model.skeleton.checkpoint.audit(_byte_progress(model.skeleton.checkpoint, progress))
-    num_gate = max(2, GATE_TOKENS // recipe.calibration.seqlen)
+    num_gate = num_gate_windows(recipe.calibration.seqlen)
     num_windows = recipe.calibration.num_samples if recipe.calibration.text else 0
     seqlen = recipe.calibration.seqlen
     needed = estimate(
@@ -173,13 +176,18 @@ def prepare(
     calibration, gate = _texts(model, recipe, num_windows, num_gate, device, trust_remote_code, progress)
     data_hash = hash_tokens(torch.cat([calibration, gate]))
     versions = [metadata.version(package) for package in ("bitwright", "torch", "transformers")]
-    parts = [recipe.hash(), model_hash, data_hash, dtype, torch.device(device).type, *versions]
+    parts = [recipe.hash(), model_hash, data_hash, trained, dtype, torch.device(device).type, *versions]
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     run.check(fingerprint, fresh=fresh)
     return Job(
         model=model, recipe=recipe, sites=sites, plan=plan, layouts=layouts, calibration=calibration, gate=gate,
         needed=needed, model_hash=model_hash, data_hash=data_hash, fingerprint=fingerprint,
     )  # fmt: skip
+
+
+def num_gate_windows(seqlen: int) -> int:
+    """How many windows, drawn after those to calibrate on, judge a run."""
+    return max(2, GATE_TOKENS // seqlen)
 
 
 def decide(model: StreamedModel, recipe: Recipe) -> Decision:
@@ -285,7 +293,7 @@ def _texts(
         text = wanted.text or GATE_TEXT_WITHOUT_CALIBRATION
         tokens = tokenise(tokenizer, load_corpus(text).documents)
         windows = sample_windows(tokens, num_samples=total, seqlen=wanted.seqlen, seed=wanted.seed, source=text)
-    _check_vocabulary(model, windows)
+    check_vocabulary(model, windows)
     return windows[:num_windows].contiguous(), windows[num_windows:].contiguous()
 
 
@@ -294,7 +302,8 @@ def vocabulary_size(model: StreamedModel) -> int:
     return int(model.skeleton.model.config.get_text_config().vocab_size)
 
 
-def _check_vocabulary(model: StreamedModel, windows: Tensor) -> None:
+def check_vocabulary(model: StreamedModel, windows: Tensor) -> None:
+    """Raises CheckpointError for tokens that the model does not know."""
     size = vocabulary_size(model)
     largest = int(windows.max())
     if largest >= size:

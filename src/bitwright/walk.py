@@ -41,6 +41,7 @@ from bitwright.progress import Progress
 from bitwright.recipe import Plan, Recipe
 from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
+from bitwright.train.given_sites import GivenSites
 
 FISHER = "fisher.safetensors"
 GUIDED = "guided.safetensors"
@@ -74,6 +75,7 @@ class Walk:
         progress: called with (what, done, total).
         original: what the result is compared with, where a transform has made another model of it.
         frame: [D, D]: hidden states of `model` are those of `original` times it; None if they are equal.
+        given: sites whose codes training has found.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Walk:
         *,
         original: StreamedModel | None = None,
         frame: Tensor | None = None,
+        given: GivenSites | None = None,
     ) -> None:
         self.model, self.run, self.recipe, self.plan = model, run, recipe, plan
         self.original, self.frame = original or model, frame
@@ -102,7 +105,7 @@ class Walk:
         self._proofs: dict[str, BlockStructure] = {}
         self._checking_s = 0.0
         self.resumed_blocks = int(run.journal().get("completed_blocks", 0))
-        self.solver = GroupSolver(model.skeleton, recipe, plan, run.work / FISHER)
+        self.solver = GroupSolver(model.skeleton, recipe, plan, run.work / FISHER, given)
         self.gatherer = Gatherer(recipe, plan, run.work / GUIDED)
         self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1, layouts)
 

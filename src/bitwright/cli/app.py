@@ -19,6 +19,7 @@ from bitwright.cli.report_command import report
 from bitwright.cli.search_command import search
 from bitwright.cli.sensitivity_command import sensitivity
 from bitwright.cli.tasks_command import tasks
+from bitwright.cli.train_command import train
 from bitwright.errors import BitwrightError
 
 INTERRUPTED = "interrupted; the same command resumes a quantize run or a grid"
@@ -340,6 +341,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 for command in (sensitivity, search, advise, tasks, diagnose, report):
     app.command()(command)
+app.add_typer(train, name="train")
 
 
 def main() -> None:

@@ -233,6 +233,9 @@ SOLVERS.register(
         hint="It trains integer grids; use gptq or rtn for others.",
     ),
 )  # fmt: skip
+TRAINED_ELSEWHERE = "trained"
+# Never asked to solve: `GroupSolver` takes the codes from where training left them.
+SOLVERS.register(TRAINED_ELSEWHERE, Solver(about="codes that `bitwright train` has found; not for quantize"))
 # Never asked to solve: `automatic` puts another solver in its place before any block is quantized.
 SOLVERS.register(
     "auto",

@@ -1,0 +1,213 @@
+"""Fine-tuning with adapters as a run: LoRA over the model itself, QLoRA over a quantized copy of it.
+
+The run directory has, beside run.json and 5-records.jsonl:
+    0-base/      QLoRA: the quantized base, a run directory of its own
+    4-adapter/   the adapter in PEFT's format
+    4-sites/     instead of it where adapters fold into zero points (`by_group`): packed layers as given sites, folded,
+                 and the adapters as they were trained
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.data.windows import hash_tokens
+from bitwright.errors import RecipeError
+from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.sites import modules_of
+from bitwright.model.tensor_file import save_tensors_atomic
+from bitwright.nn.linear import QuantizedLinear
+from bitwright.pipeline import quantize
+from bitwright.preparation import DTYPES, model_sites, open_model
+from bitwright.process_memory import PeakMemory
+from bitwright.progress import Progress, no_progress
+from bitwright.recipe import Calibration, Recipe
+from bitwright.runs import RunDirectory
+from bitwright.schemes import Scheme
+from bitwright.train.adapter_files import base_hash, save_adapters
+from bitwright.train.engine import Curve, fit, require_packages
+from bitwright.train.given_sites import write_given_sites
+from bitwright.train.group_adapter import add_group_adapters, fold_adapters
+from bitwright.train.heldout import score_in_memory
+from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, add_adapters, trainable_ledger
+from bitwright.train.low_rank_start import start_at_error
+from bitwright.train.memory_ledger import measure_memory
+from bitwright.train.options import TrainingOptions
+from bitwright.train.processes import Processes, QuantizedGradients
+from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
+from bitwright.training_text import TrainingText
+
+BASE, ADAPTER, SITES = "0-base", "4-adapter", "4-sites"
+GROUP_ADAPTERS = "adapters.safetensors"
+"""In the folder of given sites: <layer>.lora_a [r, G] and <layer>.lora_b [O, r]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterTask:
+    """What to train.
+
+    Attributes:
+        text: to train on and to judge by.
+        training: how long and how fast.
+        lora: rank, strength and places.
+        scheme: of the frozen base; None leaves it as it is (LoRA).
+        start_at_error: the adapter starts at what the quantized base lacks (LoftQ).
+        by_group: adapters that fold into the zero points of the base (QA-LoRA); needs a `-floatzero` scheme.
+        dtype: in which the model computes.
+        device: where.
+        gradient_bits: of gradients between processes; None for dense ones.
+    """
+
+    text: TrainingText
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    scheme: Scheme | None = None
+    start_at_error: bool = False
+    by_group: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+    gradient_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme is None and (self.start_at_error or self.by_group):
+            raise RecipeError("an adapter that starts at the error of its base, or folds into it, needs a --scheme.")
+        if self.start_at_error and self.by_group:
+            raise RecipeError("a group adapter cannot hold the error of a base. Leave one of the two options out.")
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"--dtype {self.dtype}: unknown. Use {', '.join(DTYPES)}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterResult:
+    """A finished training: its run directory, headline figures and curve."""
+
+    run: Path
+    results: dict[str, Any]
+    curve: Curve
+
+
+def train_adapter(
+    model: str | Path,
+    task: AdapterTask,
+    out: str | Path,
+    *,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> AdapterResult:
+    """Fine-tune a model with adapters into a run directory; the same call goes on with an interrupted run.
+
+    Raises:
+        BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
+    """
+    require_packages(task.training)
+    run, processes = RunDirectory(Path(out)), Processes(task.device)
+    run.check_place()
+    checkpoint = open_checkpoint(model)
+    windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
+    model_hash = checkpoint.audit()
+    data_hash = hash_tokens(torch.cat([windows, heldout]))
+    asked = {"model": str(model), "model_hash": model_hash, "data_hash": data_hash, "task": _plain(task)}
+
+    def work() -> None:
+        _train(checkpoint.path, task, run, windows, heldout, processes, trust_remote_code, progress)
+
+    results = carry_out(run, asked, work, processes, fresh=fresh)
+    return AdapterResult(run=run.path, results=results, curve=Curve(losses=tuple(results["losses"]), resumed_at=0))
+
+
+def load_base(
+    model: Path, task: AdapterTask, folder: Path, *, trust_remote_code: bool, progress: Progress = no_progress
+) -> nn.Module:
+    """Load what is adapted: the model itself, or a copy of it quantized into `folder`."""
+    if task.scheme is not None:
+        # Only bitwright's own layout loads as layers that stay packed.
+        recipe = Recipe(
+            scheme=task.scheme, method="rtn", layout="bitwright", max_kl=float("1e9"),
+            calibration=Calibration(seqlen=task.text.seqlen),
+        )  # fmt: skip
+        run = quantize(model, recipe, folder, trust_remote_code=trust_remote_code, progress=progress)
+        model = RunDirectory(run.run).model
+    return load_in_memory(model, task.device, DTYPES[task.dtype], trust_remote_code=trust_remote_code)
+
+
+def _train(
+    model: Path, task: AdapterTask, run: RunDirectory, windows: Tensor, heldout: Tensor, processes: Processes,
+    trust_remote_code: bool, progress: Progress,
+) -> None:  # fmt: skip
+    begun, memory = time.perf_counter(), PeakMemory()
+    task = replace(task, device=processes.device)
+    if processes.is_main and task.scheme is not None:
+        load_base(model, task, run.path / BASE, trust_remote_code=trust_remote_code, progress=progress)
+    processes.wait()
+    loaded = load_base(model, task, run.path / BASE, trust_remote_code=trust_remote_code, progress=progress)
+    torch.manual_seed(task.training.seed)  # adapters start at random
+    adapters: Mapping[str, Adapter] = (
+        add_group_adapters(loaded, task.lora) if task.by_group else add_adapters(loaded, task.lora)
+    )
+    before = score_in_memory(loaded, heldout)
+    if task.start_at_error:
+        _start_at_error(adapters, model, trust_remote_code)
+    gradients = QuantizedGradients(task.gradient_bits, processes)
+    folder = run.work / TRAINING
+    curve = fit(loaded, windows, task.training, folder, wrapped=gradients.wrapped, progress=progress)
+    if not processes.is_main:
+        return
+    after = score_in_memory(loaded, heldout)
+    ledger, sizes = trainable_ledger(loaded), measure_memory(loaded)
+    if task.by_group:
+        _leave_folded(loaded, run.path / SITES)
+    else:
+        save_adapters(loaded, run.path / ADAPTER, base=str(model), base_hash=base_hash(loaded))
+    results = {
+        "kind": "qlora" if task.scheme else "lora",
+        "scheme": None if task.scheme is None else str(task.scheme),
+        "rank": task.lora.rank,
+        "perplexity_before": before.perplexity,
+        "perplexity": after.perplexity,
+        "perplexity_stderr": after.perplexity_stderr,
+        "heldout_tokens": after.num_tokens,
+        "trainable": ledger.total.num_trainable,
+        "parameters": ledger.total.num_total,
+        "memory": asdict(sizes),
+        "peak_memory_bytes": memory.since_bytes,
+        "seconds": time.perf_counter() - begun,
+        "losses": list(curve.losses),
+    }
+    write_training_records(run, results)
+    run.finish(results, failure=None)
+
+
+def _leave_folded(model: nn.Module, folder: Path) -> None:
+    """Fold group adapters, in place, and write what is packed then, and the adapters beside it."""
+    trained = {
+        f"{name}.{leaf}": parameter.detach().cpu().contiguous()
+        for name, adapter in adapters_of(model).items()
+        for leaf, parameter in adapter.named_parameters(recurse=False)
+    }
+    fold_adapters(model)
+    packed = {name: layer for name, layer in modules_of(model).items() if isinstance(layer, QuantizedLinear)}
+    sites = {name: layer.site().to("cpu") for name, layer in packed.items()}
+    write_given_sites(folder, sites, {name: layer.scheme for name, layer in packed.items()})
+    save_tensors_atomic(folder / GROUP_ADAPTERS, trained)
+
+
+def _start_at_error(adapters: Mapping[str, Adapter], model: Path, trust_remote_code: bool) -> None:
+    streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
+    parameters = {site.name: site.parameter for site in model_sites(streamed)}
+    for block in range(streamed.num_blocks):
+        with streamed.block(block):
+            for name, adapter in adapters.items():
+                if name.startswith(streamed.block_names[block] + ".") and isinstance(adapter, LoraLinear):
+                    start_at_error(adapter, streamed.skeleton.model.get_parameter(parameters[name]).detach())
+
+
+def _plain(task: AdapterTask) -> dict[str, Any]:
+    mapping = asdict(task)
+    mapping["scheme"] = None if task.scheme is None else str(task.scheme)
+    return mapping

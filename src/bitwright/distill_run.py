@@ -1,0 +1,165 @@
+"""Distillation as a run: a model trained towards the distributions of a teacher with the same vocabulary.
+
+The run directory has, beside run.json and 5-records.jsonl, 4-model/: a model directory like the student's.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.adapter_run import AdapterResult
+from bitwright.data.windows import hash_tokens
+from bitwright.errors import CheckpointError
+from bitwright.model.checkpoint import Checkpoint, open_checkpoint
+from bitwright.model.dense_copy import write_dense_copy
+from bitwright.preparation import open_model, vocabulary_size
+from bitwright.process_memory import PeakMemory
+from bitwright.progress import Progress, no_progress
+from bitwright.runs import RunDirectory
+from bitwright.train.distillation import distillation_loss, kl_loss, teacher_targets
+from bitwright.train.engine import Curve, fit, require_packages
+from bitwright.train.heldout import score_in_memory
+from bitwright.train.options import Objective, TrainingOptions
+from bitwright.train.processes import Processes, QuantizedGradients
+from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
+from bitwright.training_text import TrainingText
+
+TARGETS = "targets"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillTask:
+    """What to train.
+
+    Attributes:
+        teacher: model directory or hub id.
+        text: to train on and to judge by.
+        training: how long and how fast.
+        temperature: of both distributions.
+        top_k: keep so many of the teacher's logits per token on disk; None runs the teacher at every step.
+        device: where to train.
+        gradient_bits: of gradients between processes; None for dense ones.
+    """
+
+    teacher: str
+    text: TrainingText
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    temperature: float = 1.0
+    top_k: int | None = None
+    device: str = "cpu"
+    gradient_bits: int | None = None
+
+
+def distill_model(
+    model: str | Path,
+    task: DistillTask,
+    out: str | Path,
+    *,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> AdapterResult:
+    """Train a model towards a teacher into a run directory; the same call goes on with an interrupted run.
+
+    Raises:
+        CheckpointError: student and teacher have different vocabularies, or the student is quantized.
+        BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
+    """
+    require_packages(task.training)
+    run, processes = RunDirectory(Path(out)), Processes(task.device)
+    run.check_place()
+    student, teacher = open_checkpoint(model), open_checkpoint(task.teacher)
+    _require_alike(model, task, student, trust_remote_code)
+    windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
+    data_hash = hash_tokens(torch.cat([windows, heldout]))
+    asked = {
+        "model": str(model), "model_hash": student.audit(), "teacher_hash": teacher.audit(), "data_hash": data_hash,
+        "task": asdict(task),
+    }  # fmt: skip
+
+    def work() -> None:
+        _train(student, teacher, task, run, windows, heldout, processes, trust_remote_code, progress)
+
+    results = carry_out(run, asked, work, processes, fresh=fresh)
+    return AdapterResult(run=run.path, results=results, curve=Curve(losses=tuple(results["losses"]), resumed_at=0))
+
+
+def _train(
+    source: Checkpoint, teacher_source: Checkpoint, task: DistillTask, run: RunDirectory, windows: Tensor,
+    heldout: Tensor, processes: Processes, trust_remote_code: bool, progress: Progress,
+) -> None:  # fmt: skip
+    begun, memory = time.perf_counter(), PeakMemory()
+    student, teacher = (
+        load_in_memory(each.path, processes.device, torch.float32, trust_remote_code=trust_remote_code)
+        for each in (source, teacher_source)
+    )
+    teacher = teacher.requires_grad_(False).eval()
+    before = score_in_memory(student, heldout, reference=teacher)
+    objective = _objective(teacher, windows, task, run.work / TARGETS, processes, progress)
+    curve = fit(
+        student, windows, task.training, run.work / TRAINING, objective=objective,
+        wrapped=QuantizedGradients(task.gradient_bits, processes).wrapped, progress=progress,
+    )  # fmt: skip
+    if not processes.is_main:
+        return
+    after = score_in_memory(student, heldout, reference=teacher)
+    streamed = open_model(source.path, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
+    write_dense_copy(streamed.skeleton, {n: p.detach().cpu() for n, p in student.named_parameters()}, run.model)
+    results = {
+        "kind": "distill",
+        "perplexity_teacher": score_in_memory(teacher, heldout).perplexity,
+        "perplexity_before": before.perplexity,
+        "perplexity": after.perplexity,
+        "perplexity_stderr": after.perplexity_stderr,
+        "kl_before": before.kl_mean,
+        "kl_mean": after.kl_mean,
+        "heldout_tokens": after.num_tokens,
+        "peak_memory_bytes": memory.since_bytes,
+        "seconds": time.perf_counter() - begun,
+        "losses": list(curve.losses),
+    }
+    write_training_records(run, results)
+    run.finish(results, failure=None)
+
+
+def _objective(
+    teacher: nn.Module, windows: Tensor, task: DistillTask, folder: Path, processes: Processes, progress: Progress
+) -> Objective:
+    """The loss, from logits kept on disk or from the teacher itself."""
+    if task.top_k is None:
+
+        def live(model: nn.Module, ids: Tensor, _index: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
+            return kl_loss(model(input_ids=ids, use_cache=False).logits[:, :-1], wanted, task.temperature)
+
+        return live
+    if processes.is_main:
+        teacher_targets(teacher, windows, folder, task.top_k, progress, temperatures=(task.temperature,))
+    processes.wait()
+    targets = teacher_targets(teacher, windows, folder, task.top_k, temperatures=(task.temperature,))
+
+    def kept(model: nn.Module, ids: Tensor, index: Tensor) -> Tensor:
+        read = [targets.read(int(window), task.temperature) for window in index]
+        indices, log_probs = (torch.stack([pair[part] for pair in read]).to(ids.device) for part in (0, 1))
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        return distillation_loss(logits, indices[:, :-1], log_probs[:, :-1], task.temperature)
+
+    return kept
+
+
+def _require_alike(model: str | Path, task: DistillTask, student: Checkpoint, trust_remote_code: bool) -> None:
+    if student.is_packed:
+        raise CheckpointError(f"{model}: is quantized. Give the original, or train its codes with bitwright train qat.")
+    sizes = [
+        vocabulary_size(open_model(source, device="cpu", dtype="float32", trust_remote_code=trust_remote_code))
+        for source in (model, task.teacher)
+    ]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{task.teacher}: knows {sizes[1]} tokens, {model} knows {sizes[0]}. Give a teacher with the same "
+            "tokenizer."
+        )

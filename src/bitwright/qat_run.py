@@ -1,0 +1,273 @@
+"""Quantization-aware training as a run: from post-training quantization to trained codes, with one gate and one report.
+
+The run directory has, beside run.json and 5-records.jsonl:
+    0-base/       what post-training quantization makes of the same recipe, a run of its own: where training starts
+    4-quantized/  the trained codes, a run of its own, which evaluates, exports and reports like any other
+
+Without a scheme the model itself is trained towards a teacher (distillation), and 4-dense/ is what comes out.
+"""
+
+import math
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.adapter_run import BASE
+from bitwright.data.windows import hash_tokens
+from bitwright.errors import RecipeError
+from bitwright.methods.solvers import TRAINED_ELSEWHERE
+from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.dense_copy import write_dense_copy
+from bitwright.pipeline import Trained, open_model, quantize
+from bitwright.preparation import Decision, decide
+from bitwright.process_memory import PeakMemory
+from bitwright.progress import Progress, no_progress
+from bitwright.recipe import Recipe
+from bitwright.records import append_jsonl, read_jsonl
+from bitwright.runs import RunDirectory
+from bitwright.schemes import Scheme
+from bitwright.train.distillation import kl_loss
+from bitwright.train.engine import Curve, fit, next_token_loss, require_packages
+from bitwright.train.fake_inputs import add_fake_cache
+from bitwright.train.given_sites import write_given_sites
+from bitwright.train.heldout import score_in_memory
+from bitwright.train.options import Objective, TrainingOptions
+from bitwright.train.processes import Processes, QuantizedGradients
+from bitwright.train.qat import QatOptions, convert, freeze_grids, grid_parameters, prepare
+from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
+from bitwright.training_text import TrainingText
+
+QUANTIZED, SITES, DENSE = "4-quantized", "sites", "dense"
+Loss = Literal["kl", "cross_entropy"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QatTask:
+    """What to train.
+
+    Attributes:
+        recipe: schemes by site, and the method that training starts from; its calibration text is replaced.
+        text: to train on and to judge by.
+        training: how long and how fast.
+        qat: how quantizers behave.
+        start: `method` starts at what the recipe's method makes of the weights, `original` at the weights themselves
+            on that method's grids.
+        loss: kl follows the original model (distillation), cross_entropy the text.
+        temperature: of kl.
+        grid_rate: factor on the learning rate for scales and zero points.
+        train_rest: also train embeddings, norms and whatever else stays in 16 bit.
+        cache_bits: also quantize the KV cache in training, to so many bits; None for not.
+        device: where to train.
+        gradient_bits: of gradients between processes; None for dense ones.
+    """
+
+    recipe: Recipe
+    text: TrainingText
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    qat: QatOptions = field(default_factory=QatOptions)
+    start: Literal["method", "original"] = "method"
+    loss: Loss = "kl"
+    temperature: float = 1.0
+    grid_rate: float = 0.1
+    train_rest: bool = False
+    cache_bits: int | None = None
+    cache_group: int = 32
+    device: str = "cpu"
+    gradient_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "grid_rate"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise RecipeError(f"{name} must be a finite number above 0, got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QatResult:
+    """A finished training: its directory, the run of its codes, headline figures, curve, and why it failed its gate."""
+
+    run: Path
+    quantized: Path
+    results: dict[str, Any]
+    curve: Curve
+    failure: str | None
+
+
+def train_quantized(
+    model: str | Path,
+    task: QatTask,
+    out: str | Path,
+    *,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> QatResult:
+    """Train a model's quantized weights into a run directory; the same call goes on with an interrupted run.
+
+    Raises:
+        BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
+    """
+    require_packages(task.training)
+    run, processes = RunDirectory(Path(out)), Processes(task.device)
+    run.check_place()
+    windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
+    recipe = task.text.calibrate(task.recipe, model, trust_remote_code=trust_remote_code)
+    streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
+    decided = decide(streamed, recipe)
+    data_hash = hash_tokens(torch.cat([windows, heldout]))
+    asked = {
+        "model": str(model), "model_hash": streamed.skeleton.checkpoint.audit(), "data_hash": data_hash,
+        "recipe": recipe.to_mapping(), "task": _plain(task),
+    }  # fmt: skip
+
+    def work() -> None:
+        _Work(model, task, recipe, decided, run, processes, trust_remote_code, progress).carry_out(windows, heldout)
+
+    results = carry_out(run, asked, work, processes, fresh=fresh)
+    info = run.info
+    assert info is not None
+    return QatResult(
+        run=run.path, quantized=run.path / QUANTIZED, results=results,
+        curve=Curve(losses=tuple(results["losses"]), resumed_at=0), failure=info.get("failure"),
+    )  # fmt: skip
+
+
+class _Work:
+    """The steps of one training."""
+
+    def __init__(
+        self, model: str | Path, task: QatTask, recipe: Recipe, decided: Decision, run: RunDirectory,
+        processes: Processes, trust_remote_code: bool, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.source, self.task, self.recipe, self.decided, self.run = model, task, recipe, decided, run
+        self.processes, self.trust_remote_code, self.progress = processes, trust_remote_code, progress
+        self.schemes: dict[str, Scheme] = {}
+        for site in decided.sites:
+            scheme = decided.plan.sites[site.name].effective
+            if scheme is not None:
+                self.schemes[site.name] = scheme
+
+    def carry_out(self, windows: Tensor, heldout: Tensor) -> None:
+        """Post-training quantization, training, and the run of the trained codes."""
+        begun, memory = time.perf_counter(), PeakMemory()
+        if self.processes.is_main:
+            self._quantize(self.recipe, self.run.path / BASE, None)
+        self.processes.wait()
+        base = self._quantize(self.recipe, self.run.path / BASE, None)  # finished: only read
+        teacher = load_in_memory(
+            open_checkpoint(self.source).path, self.processes.device, torch.float32,
+            trust_remote_code=self.trust_remote_code,
+        ).requires_grad_(False)  # fmt: skip
+        student = deepcopy(teacher)
+        self._prepare(student)
+        before = score_in_memory(student, heldout, reference=teacher)
+        curve = self._fit(student, teacher, windows)
+        if not self.processes.is_main:
+            return
+        after = score_in_memory(student, heldout, reference=teacher)
+        trained = self._leave(student)
+        rules = tuple(
+            rule if rule.scheme is None else replace(rule, method=TRAINED_ELSEWHERE) for rule in self.recipe.rules
+        )
+        recipe = replace(self.recipe, method=TRAINED_ELSEWHERE, transforms=(), repairs=(), rules=rules)
+        quantized = self._quantize(recipe, self.run.path / QUANTIZED, trained)
+        original = score_in_memory(teacher, heldout)
+        results = {
+            "kind": "qat",
+            "scheme": str(self.recipe.scheme),
+            "loss": self.task.loss,
+            "perplexity_original": original.perplexity,
+            "perplexity_before": before.perplexity,
+            "perplexity": after.perplexity,
+            "perplexity_stderr": after.perplexity_stderr,
+            "kl_before": before.kl_mean,
+            "kl_mean": after.kl_mean,
+            "gate_kl_before": base["kl_mean"],
+            "gate_kl": quantized["kl_mean"],
+            "heldout_tokens": after.num_tokens,
+            "bits_per_weight": quantized["bits_per_weight"],
+            "peak_memory_bytes": memory.since_bytes,
+            "seconds": time.perf_counter() - begun,
+            "losses": list(curve.losses),
+        }
+        write_training_records(self.run, results)
+        inner = RunDirectory(self.run.path / QUANTIZED)
+        append_jsonl(inner.records, *(r for r in read_jsonl(self.run.records) if r["kind"] != "environment"))
+        info = inner.info
+        assert info is not None
+        self.run.finish(results, failure=info.get("failure"))
+
+    def _quantize(self, recipe: Recipe, out: Path, trained: Trained | None) -> dict[str, Any]:
+        return quantize(
+            self.source, recipe, out, trained=trained, device=self.task.device,
+            trust_remote_code=self.trust_remote_code, progress=self.progress,
+        ).results  # fmt: skip
+
+    def _prepare(self, student: nn.Module) -> None:
+        """Put quantizers around the sites of a model, at what the base run has found."""
+        streamed = open_model(self.source, device="cpu", dtype="float32", trust_remote_code=self.trust_remote_code)
+        found = open_checkpoint(RunDirectory(self.run.path / BASE).model)
+        parameters = {site.name: site.parameter for site in self.decided.sites}
+        stored = {name: streamed.skeleton.sources[parameters[name]][0] for name in self.schemes}
+        packed = {name: found.read_packed(stored[name]) for name in self.schemes}
+        if self.task.start == "method":
+            with torch.no_grad():
+                for name, site in packed.items():
+                    student.get_parameter(parameters[name]).copy_(site.weight.dequantize(torch.float32))
+        student.requires_grad_(self.task.train_rest)
+        prepare(
+            student, self.schemes, {name: site.weight.grid for name, site in packed.items()}, self.task.qat,
+            inputs={name: site.inputs for name, site in packed.items() if site.inputs is not None},
+            dtype=streamed.skeleton.checkpoint.dense_dtype,
+        )  # fmt: skip
+        if self.task.cache_bits is not None:
+            add_fake_cache(student, self.task.cache_bits, self.task.cache_group)
+
+    def _fit(self, student: nn.Module, teacher: nn.Module, windows: Tensor) -> Curve:
+        grids = {id(parameter) for parameter in grid_parameters(student)}
+        names = {name for name, parameter in student.named_parameters() if id(parameter) in grids}
+        last = self.task.qat.freeze_after * self.task.training.steps
+        buffers = [
+            name for name, _ in student.named_buffers() if any(name.startswith(f"{site}.") for site in self.schemes)
+        ]
+
+        def after_step(done: int) -> None:
+            if self.task.qat.freeze_after < 1 and done >= last:
+                freeze_grids(student)
+
+        return fit(
+            student, windows, self.task.training, self.run.work / TRAINING, objective=self._objective(teacher),
+            rate=lambda name: self.task.grid_rate if name in names else 1.0, buffers=buffers, after_step=after_step,
+            wrapped=QuantizedGradients(self.task.gradient_bits, self.processes).wrapped, progress=self.progress,
+        )  # fmt: skip
+
+    def _objective(self, teacher: nn.Module) -> Objective:
+        if self.task.loss == "cross_entropy":
+            return next_token_loss
+
+        def towards_teacher(model: nn.Module, ids: Tensor, _index: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
+            found = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            return kl_loss(found, wanted, self.task.temperature)
+
+        return towards_teacher
+
+    def _leave(self, student: nn.Module) -> Trained:
+        """Write the trained codes and the dense rest; a resumed run writes the same again."""
+        sites, dense = self.run.work / SITES, self.run.work / DENSE
+        write_given_sites(sites, {name: site.to("cpu") for name, site in convert(student).items()}, self.schemes)
+        streamed = open_model(self.source, device="cpu", dtype="float32", trust_remote_code=self.trust_remote_code)
+        values = {name: parameter.detach().cpu() for name, parameter in student.named_parameters()}
+        if not dense.exists():
+            write_dense_copy(streamed.skeleton, values, dense)
+        return Trained(model=dense, sites=sites)
+
+
+def _plain(task: QatTask) -> dict[str, Any]:
+    return {key: value for key, value in asdict(replace(task, recipe=Recipe())).items() if key != "recipe"}

@@ -1,0 +1,1 @@
+"""Training: adapters, quantization-aware training, distillation, quantized gradients."""

@@ -1,0 +1,123 @@
+"""The training loop: transformers' Trainer on accelerate, which goes on where an interrupted training stopped.
+
+Folder of a training:
+    checkpoints/checkpoint-<step>/   trainable.safetensors and the Trainer's own state; the last two are kept
+    losses.jsonl                     one line per step
+
+A checkpoint counts once `trainer_state.json` is in it, which the Trainer writes last. Lines of steps after the one that
+training goes on from are dropped, so that a killed and resumed training leaves the same curve.
+
+Shapes: N windows, B windows per batch, T tokens.
+"""
+
+import json
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from bitwright.data.windows import hash_tokens
+from bitwright.errors import DataError, MissingDependency
+from bitwright.progress import Progress, no_progress
+from bitwright.records import read_jsonl, write_text_atomic
+from bitwright.train.options import Objective, TrainingOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """What a training leaves beside the parameters.
+
+    Attributes:
+        losses: of every step, in nats per token or what the objective is.
+        resumed_at: steps that an earlier, interrupted start had done.
+    """
+
+    losses: tuple[float, ...]
+    resumed_at: int
+
+
+def next_token_loss(model: nn.Module, ids: Tensor, _index: Tensor) -> Tensor:
+    """Cross-entropy of each next token, in nats per token."""
+    return cast(Tensor, model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+def fit(
+    model: nn.Module,
+    windows: Tensor,
+    options: TrainingOptions,
+    folder: Path,
+    *,
+    objective: Objective = next_token_loss,
+    rate: Callable[[str], float] = lambda _: 1.0,
+    buffers: Collection[str] = (),
+    after_step: Callable[[int], None] = lambda _: None,
+    wrapped: Callable[[nn.Module], None] = lambda _: None,
+    progress: Progress = no_progress,
+) -> Curve:
+    """Train the parameters that require gradients; the same call goes on with an interrupted training.
+
+    Args:
+        model: as transformers loads it, on the device to train on; changed in place.
+        windows: token ids [N, T].
+        folder: of this training alone.
+        objective: what is minimised.
+        rate: factor on the learning rate of a parameter, by its name.
+        buffers: names of buffers that training changes.
+        after_step: called with the number of steps done before the next one, also where a training goes on.
+        wrapped: called once with the model as it is run, which is DDP's wrapper where there are several processes.
+        progress: called with ("train", steps done, steps).
+    Raises:
+        TrainingDiverged: the loss is not finite; the last good checkpoint stays.
+        DataError: processes were given different windows, or none.
+        CheckpointError: the folder's checkpoints belong to another model.
+        MissingDependency: accelerate (or tensorboard, where asked for) is not installed.
+    """
+    if windows.shape[0] == 0:
+        raise DataError("training needs at least one window of text. Give more text, or a smaller --seqlen.")
+    require_packages(options)
+    from bitwright.train.trainer import LOSSES, Engine, Loop, last_checkpoint, step_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    last = last_checkpoint(folder)
+    done, losses = step_of(last), folder / LOSSES
+    if int(os.environ.get("RANK", "0")) == 0:
+        _forget_after(losses, done)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state: dict[str, Tensor] = {**trained, **{name: model.get_buffer(name) for name in buffers}}
+    loop = Loop(
+        folder=folder, state=state, objective=objective, rate=rate, after_step=after_step, wrapped=wrapped,
+        progress=progress,
+    )  # fmt: skip
+    engine = Engine(model, windows, options, loop)
+    _require_same_data(engine, windows)
+    progress("train", done, options.steps)
+    if done < options.steps:
+        engine.train(resume_from_checkpoint=None if last is None else str(last))
+    elif last is not None:
+        engine.restore(last)
+    return Curve(losses=tuple(float(entry["loss"]) for entry in read_jsonl(losses)), resumed_at=done)
+
+
+def require_packages(options: TrainingOptions) -> None:
+    """Raises MissingDependency, before anything is written, where training cannot run."""
+    for package in ("accelerate", *(["tensorboard"] if options.tensorboard else [])):
+        if find_spec(package) is None:
+            raise MissingDependency(f"training needs {package}. Install bitwright[train].")
+
+
+def _forget_after(losses: Path, step: int) -> None:
+    kept = [entry for entry in read_jsonl(losses) if entry["step"] <= step] if losses.is_file() else []
+    write_text_atomic(losses, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _require_same_data(engine: Any, windows: Tensor) -> None:
+    if engine.args.world_size == 1:
+        return
+    from accelerate.utils import gather_object
+
+    if len(set(gather_object([hash_tokens(windows)]))) > 1:
+        raise DataError("processes were given different windows. Give every process the same --data and --seed.")

@@ -1,0 +1,222 @@
+"""What training needs of memory, by what it is for: predicted from a model's shape, and counted in a live one.
+
+Exact in both, and equal: weights, scales, adapters, gradients and the states of AdamW (two numbers per trained number,
+in its dtype, and a float32 step per tensor). Not counted are buffers that no checkpoint holds (rotary frequencies),
+the one dense weight that a packed layer decodes at a time, and what the allocator wastes.
+
+Activations are estimated. With T tokens, autograd keeps of each block about
+
+    T · itemsize · (inputs and outputs of every linear layer + 4 · hidden)
+
+which assumes that attention keeps no T x T matrix (flash or memory-efficient). An adapter adds r float32 numbers per
+token, and a float32 copy of its inputs where the model has another dtype. Of experts the routed share counts. With
+gradient checkpointing each block keeps its inputs, T · hidden · itemsize, and one block at a time is kept in full. The
+logits come on top: in the model's dtype, and twice in float32 (the loss and its gradient).
+
+Legend: T tokens, O out features, I in features, r rank.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bitwright.model.layouts import own
+from bitwright.model.sites import Site, modules_of
+from bitwright.nn.linear import QuantizedLinear
+from bitwright.recipe import matches
+from bitwright.schemes import Scheme
+from bitwright.search.model_shape import ModelShape, StoredTensor
+from bitwright.search.stored_size import site_tensors
+from bitwright.train.lora import Adapter, LoraConfig
+
+_CODES = "weight_codes"
+_STATES, _STEP_BYTES = 2, 4
+_ADAPTER_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryLedger:
+    """Bytes of training by purpose.
+
+    Attributes:
+        weights: dense weights and packed codes, trained or not.
+        scales: all that stands beside packed codes.
+        adapters: their matrices.
+        gradients: of everything that is trained.
+        optimizer: states of AdamW.
+        activations: kept for the backward pass; an estimate in a prediction, 0 where they were not measured.
+    """
+
+    weights: int
+    scales: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.scales + self.adapters + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What goes through the model at once; `checkpointing` computes the inside of blocks again in backward."""
+
+    num_sequences: int
+    seqlen: int
+    checkpointing: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.num_sequences * self.seqlen
+
+
+def predict_memory(
+    shape: ModelShape,
+    assignment: Mapping[str, Scheme | None],
+    config: LoraConfig | None,
+    batch: Batch,
+    *,
+    by_group: bool = False,
+) -> MemoryLedger:
+    """Predict the memory of training, before anything is loaded.
+
+    Args:
+        shape: of the model, in the dtype that it is trained in.
+        assignment: site -> scheme, with the granularity that is really used; a site without one stays dense.
+        config: adapters; None trains everything that is not packed.
+        batch: what decides activations.
+        by_group: adapters are group adapters.
+    """
+    dense, codes, scales = list(shape.kept), 0, 0
+    for site in shape.sites:
+        scheme, dtype = assignment.get(site.name), shape.site_dtypes[site.name]
+        if scheme is None:
+            dims = (site.out_features, site.in_features)
+            dense.append(StoredTensor(name=site.parameter, shape=dims, dtype=dtype))
+            continue
+        for leaf, (dims, stored) in site_tensors(site, scheme, own.NAME, dtype).items():
+            num_bytes = StoredTensor(name=leaf, shape=dims, dtype=stored).num_bytes
+            if leaf == _CODES:
+                codes += num_bytes
+            else:
+                scales += num_bytes
+    dense_bytes = sum(tensor.num_bytes for tensor in dense)
+    adapted = {} if config is None else _adapted(shape, assignment, config, by_group=by_group)
+    adapters = _ADAPTER_BYTES * sum(adapted.values())
+    trained = dense_bytes if config is None else adapters
+    num_tensors = len({tensor.name for tensor in dense}) if config is None else 2 * len(adapted)
+    return MemoryLedger(
+        weights=dense_bytes + codes,
+        scales=scales,
+        adapters=adapters,
+        gradients=trained,
+        optimizer=_STATES * trained + _STEP_BYTES * num_tensors,
+        activations=_activations(shape, adapted, 0 if config is None else config.rank, batch),
+    )
+
+
+def measure_memory(model: nn.Module, optimizer: Optimizer | None = None, *, activations: int = 0) -> MemoryLedger:
+    """Count the bytes of a live model and its optimizer: after a step, all of them are there.
+
+    Args:
+        model: with or without adapters.
+        optimizer: None counts none.
+        activations: what `measure_activations` found.
+    """
+    weights, scales, adapters, gradients, seen = 0, 0, 0, 0, set[int]()
+    for module in modules_of(model).values():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+            if isinstance(module, Adapter):
+                adapters += parameter.nbytes
+            else:
+                weights += parameter.nbytes
+        if isinstance(module, QuantizedLinear):
+            for leaf, tensor in module.stored().items():
+                if leaf == _CODES:
+                    weights += tensor.nbytes
+                else:
+                    scales += tensor.nbytes
+    states = [] if optimizer is None else list(optimizer.state.values())
+    return MemoryLedger(
+        weights=weights,
+        scales=scales,
+        adapters=adapters,
+        gradients=gradients,
+        optimizer=sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor)),
+        activations=activations,
+    )
+
+
+def measure_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Return the bytes that autograd keeps of a forward pass, each piece of memory once, without the parameters."""
+    own_memory = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own_memory:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor.detach())  # so that no memory is freed and counted again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
+
+
+def _adapted(
+    shape: ModelShape, assignment: Mapping[str, Scheme | None], config: LoraConfig, *, by_group: bool
+) -> dict[str, int]:
+    """Numbers in the adapter of every site that gets one. Slices of a 3-D parameter are no layers, and get none."""
+    sizes: dict[str, int] = {}
+    for site in shape.sites:
+        is_layer = site.kind != "router" and site.index is None and not site.transposed
+        if is_layer and any(matches(pattern, site.name) for pattern in config.targets):
+            scheme = assignment.get(site.name)
+            inputs = site.in_features
+            if by_group and scheme is not None:
+                inputs = scheme.weights.granularity.num_groups(site.in_features)
+            sizes[site.name] = config.rank * (inputs + site.out_features)
+    return sizes
+
+
+def _activations(shape: ModelShape, adapted: Mapping[str, int], rank: int, batch: Batch) -> int:
+    itemsize, tokens = shape.dtype.itemsize, batch.num_tokens
+    blocks = [_block_activations(shape, name, adapted, rank) for name in shape.block_names]
+    logits = tokens * shape.vocab_size * (itemsize + 2 * torch.float32.itemsize)
+    if not batch.checkpointing:
+        return round(tokens * sum(blocks)) + logits
+    inputs = len(blocks) * shape.hidden_size * itemsize
+    return round(tokens * (inputs + max(blocks))) + logits
+
+
+def _block_activations(shape: ModelShape, block: str, adapted: Mapping[str, int], rank: int) -> float:
+    """Bytes per token that one block keeps."""
+    itemsize = shape.dtype.itemsize
+    total: float = 4 * shape.hidden_size * itemsize
+    for site in shape.sites:
+        if site.name.startswith(f"{block}."):
+            numbers = site.in_features + site.out_features
+            copy = site.in_features if itemsize != torch.float32.itemsize else 0
+            adapter = torch.float32.itemsize * (rank + copy) if site.name in adapted else 0
+            total += _share(shape, site) * (numbers * itemsize + adapter)
+    return total
+
+
+def _share(shape: ModelShape, site: Site) -> float:
+    if site.kind != "expert" or shape.routed is None:
+        return 1.0
+    chosen, among = shape.routed
+    return chosen / among

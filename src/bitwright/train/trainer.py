@@ -1,0 +1,177 @@
+"""transformers' Trainer, told to save only what is trained, to keep the curve, and to stop where it is not finite.
+
+Apart from the rest because importing the Trainer takes long, and needs accelerate.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from bitwright.errors import CheckpointError, TrainingDiverged
+from bitwright.model.tensor_file import save_tensors_atomic
+from bitwright.progress import Progress
+from bitwright.records import append_jsonl
+from bitwright.train.options import Objective, TrainingOptions
+
+TRAINABLE = "trainable.safetensors"
+STATE = "trainer_state.json"
+CHECKPOINTS, LOSSES = "checkpoints", "losses.jsonl"
+NUM_KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Loop:
+    """What the Trainer does not know; see `engine.fit`. `state`: the tensors that make up a checkpoint, by name."""
+
+    folder: Path
+    state: Mapping[str, Tensor]
+    objective: Objective
+    rate: Callable[[str], float]
+    after_step: Callable[[int], None]
+    wrapped: Callable[[nn.Module], None]
+    progress: Progress
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a training; None where there is none."""
+    found = [
+        path
+        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
+        if (path / STATE).is_file() and (path / TRAINABLE).is_file()
+    ]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Steps done when a checkpoint was made."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
+class Recorder(TrainerCallback):
+    """Keeps the curve, stops where it is not finite, and tells how far training has come."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
+        """Keep the loss of a step."""
+        if logs is None or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if not (math.isfinite(loss) and math.isfinite(float(logs.get("grad_norm", 0.0)))):
+            kept = last_checkpoint(self.loop.folder)
+            rest = "No checkpoint had been made." if kept is None else f"The last good checkpoint is {kept}."
+            raise TrainingDiverged(
+                f"step {state.global_step}: the loss or its gradient is not finite. {rest} Use a lower learning rate."
+            )
+        if state.is_world_process_zero:
+            rate = float(logs["learning_rate"])
+            append_jsonl(self.loop.folder / LOSSES, {"step": state.global_step, "loss": loss, "learning_rate": rate})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Bring back what changes on the way."""
+        self.loop.after_step(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Tell how far it has come."""
+        self.loop.after_step(state.global_step)
+        self.loop.progress("train", state.global_step, args.max_steps)
+
+
+class Engine(Trainer):
+    """Saves and loads what is trained, and nothing else."""
+
+    def __init__(self, model: nn.Module, windows: Tensor, options: TrainingOptions, loop: Loop) -> None:
+        device = next(model.parameters()).device
+        # The Trainer refuses packed models unless PEFT has put adapters around them; ours it does not know.
+        cast(Any, model).is_quantized = False
+        if options.checkpointing:
+            cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rows = [{"input_ids": window, "index": index} for index, window in enumerate(windows)]
+        super().__init__(
+            model=cast(Any, model), args=_arguments(options, loop.folder, device), train_dataset=cast(Any, rows),
+            callbacks=[Recorder(loop)],
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # the objective is a mean: the Trainer divides by `accumulation`
+        self.loop, self.is_wrapped = loop, False
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW, with a group for every learning rate; only matrices decay."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in cast(nn.Module, model or self.model).named_parameters():
+            if parameter.requires_grad:
+                decay = self.args.weight_decay if parameter.ndim > 1 else 0.0
+                groups.setdefault((self.loop.rate(name.removeprefix("module.")), decay), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            {"params": found, "lr": self.args.learning_rate * factor, "weight_decay": decay}
+            for (factor, decay), found in groups.items()
+        )
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        """The objective."""
+        if not self.is_wrapped:
+            self.loop.wrapped(model)
+            self.is_wrapped = True
+        return self.loop.objective(model, inputs["input_ids"].long(), inputs["index"])
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        target = Path(output_dir or self.args.output_dir or ".")
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loop.state.items()}
+        save_tensors_atomic(target / TRAINABLE, tensors)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        self.restore(Path(resume_from_checkpoint))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Put what a checkpoint holds into its place.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        file, state = checkpoint / TRAINABLE, self.loop.state
+        found = load_file(file)
+        if different := sorted(set(state) ^ set(found)):
+            raise CheckpointError(f"{file}: its tensors are not the model's, first {different[0]}. Start with --fresh.")
+        with torch.no_grad():
+            for name, tensor in found.items():
+                if tensor.shape != state[name].shape:
+                    raise CheckpointError(f"{file}: {name} is {list(tensor.shape)}, not {list(state[name].shape)}.")
+                state[name].copy_(tensor)
+
+
+def _arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=math.ceil(options.warmup * options.steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.precision == "bfloat16",
+        save_strategy="steps",
+        save_steps=options.save_every,
+        save_total_limit=NUM_KEPT,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"] if options.tensorboard else [],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        seed=options.seed,
+    )
