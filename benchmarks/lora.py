@@ -1,0 +1,156 @@
+"""Fine-tuning from one domain to another: all weights, LoRA at several ranks, QLoRA; quality, share and memory.
+
+    python benchmarks/lora.py --name demo-model --data TEXT [--model DIR] [--steps 200] [--ranks 1,2,4,8,16,32,64]
+
+Every row is trained on the same windows in the same order and judged on the same held-out windows. Resumes: finished
+rows are read from --work. Writes benchmarks/results/lora_<name>_<machine>_<date>.json, .md and .svg (rank against
+perplexity).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rank_plot import rank_plot
+from result_files import FOLDER, Row, write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL_RATE_SHARE = 0.2
+"""All weights are trained at a smaller rate than adapters, as is usual."""
+
+
+def adapters(args: argparse.Namespace, rank: int, scheme: str | None) -> Row:
+    """A row of LoRA or QLoRA."""
+    from bitwright.adapter_run import AdapterTask, train_adapter
+    from bitwright.cli.console import ProgressBars
+    from bitwright.schemes import Scheme
+    from bitwright.train.lora import LoraConfig
+
+    task = AdapterTask(
+        text=text_of(args), training=options_of(args, args.learning_rate),
+        lora=LoraConfig(rank=rank, alpha=2.0 * rank), scheme=None if scheme is None else Scheme.parse(scheme),
+    )  # fmt: skip
+    name = f"{'lora' if scheme is None else 'qlora'}-{rank}"
+    with ProgressBars(quiet=not sys.stderr.isatty()) as progress:
+        results = train_adapter(args.model, task, args.work / name, progress=progress).results
+    return {"row": name, **{key: value for key, value in results.items() if key != "losses"}}
+
+
+def full(args: argparse.Namespace) -> Row:
+    """The row of all weights, trained on the text like the others."""
+    import json
+    import time
+
+    import torch
+
+    from bitwright.process_memory import PeakMemory
+    from bitwright.records import write_json_atomic
+    from bitwright.train.engine import fit
+    from bitwright.train.heldout import score_in_memory
+    from bitwright.train.lora import trainable_ledger
+    from bitwright.training_run import load_in_memory
+
+    finished = args.work / "full.json"
+    if finished.is_file():
+        return json.loads(finished.read_text(encoding="utf-8"))
+    begun, memory = time.perf_counter(), PeakMemory()
+    windows, heldout = text_of(args).draw(args.model, trust_remote_code=False)
+    model = load_in_memory(args.model, "cpu", torch.float32, trust_remote_code=False)
+    before = score_in_memory(model, heldout)
+    fit(model, windows, options_of(args, FULL_RATE_SHARE * args.learning_rate), args.work / "full")
+    after, ledger = score_in_memory(model, heldout), trainable_ledger(model).total
+    row = {
+        "row": "full", "kind": "full", "rank": None, "perplexity_before": before.perplexity,
+        "perplexity": after.perplexity, "perplexity_stderr": after.perplexity_stderr,
+        "heldout_tokens": after.num_tokens, "trainable": ledger.num_trainable, "parameters": ledger.num_total,
+        "memory": {"weights": 4 * ledger.num_total, "gradients": 4 * ledger.num_total},
+        "optimizer_bytes": 8 * ledger.num_total, "peak_memory_bytes": memory.since_bytes,
+        "seconds": time.perf_counter() - begun,
+    }  # fmt: skip
+    write_json_atomic(finished, row)
+    return row
+
+
+def text_of(args: argparse.Namespace) -> Any:
+    from bitwright.training_text import TrainingText
+
+    return TrainingText(data=args.data, seqlen=args.seqlen, windows=args.windows)
+
+
+def options_of(args: argparse.Namespace, rate: float) -> Any:
+    from bitwright.train.options import TrainingOptions
+
+    return TrainingOptions(steps=args.steps, batch=args.batch, learning_rate=rate)
+
+
+def page(circumstances: Row, rows: Sequence[Row]) -> str:
+    """The results file."""
+    c = circumstances
+    by_name = {row["row"]: row for row in rows}
+    lines = [
+        f"# Fine-tuning of {c['name']}, {c['date']}",
+        "",
+        f"`python benchmarks/lora.py --name {c['name']}` on {c['machine']}: {c['steps']} steps of {c['batch']} windows of {c['seqlen']} "
+        f"tokens of {c['data']}, which the model has never seen. Judged on {rows[0]['heldout_tokens']} tokens of it that "
+        f"are held out. Perplexity before: {rows[0]['perplexity_before']:.2f} (the quantized base has its own). alpha "
+        f"is twice the rank; all weights are trained at {FULL_RATE_SHARE:g} of the adapters' learning rate "
+        f"{c['learning_rate']:g}. Weights and adapters are bytes in memory; gradients and AdamW's states are three "
+        f"times the trainable parameters' bytes. {c['note']}",
+        "",
+    ]
+    for name in by_name:
+        if name.startswith("qlora-") and (other := by_name.get(name.removeprefix("q"))) is not None:
+            ratio = by_name[name]["perplexity"] / other["perplexity"] - 1
+            lines += [f"- {name} against {other['row']}: perplexity {ratio:+.2%}"]
+    lines += [
+        "", "| row | trainable | share | perplexity | weights MB | gradients and optimizer MB | peak growth MB | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        memory = r["memory"]
+        weights = memory["weights"] + memory.get("scales", 0) + memory.get("adapters", 0)
+        lines.append(
+            f"| {r['row']} | {r['trainable']:,} | {r['trainable'] / r['parameters']:.2%} | {r['perplexity']:.3f} ± "
+            f"{r['perplexity_stderr']:.3f} | {weights / 1e6:.2f} | {12 * r['trainable'] / 1e6:.2f} "
+            f"| {r['peak_memory_bytes'] / 1e6:.0f} | {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    from bitwright.demo import demo_model
+    from bitwright.records import write_text_atomic
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the model, in the results' file names")
+    parser.add_argument("--data", required=True, help="text of another domain")
+    parser.add_argument("--model", type=Path, default=demo_model())
+    parser.add_argument("--ranks", default="1,2,4,8,16,32,64")
+    parser.add_argument("--qlora-ranks", default="8,64")
+    parser.add_argument("--scheme", default="nf4-b64-dq")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=2000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--note", default="", help="a sentence for the page: how the machine was shared, say")
+    parser.add_argument("--work", type=Path)
+    args = parser.parse_args()
+    args.work = args.work or ROOT / "build" / f"lora-{args.name}"
+    rows = [full(args)]
+    rows += [adapters(args, int(rank), None) for rank in args.ranks.split(",")]
+    rows += [adapters(args, int(rank), args.scheme) for rank in args.qlora_ranks.split(",")]
+    kept = ("name", "steps", "batch", "seqlen", "windows", "learning_rate", "note")
+    circumstances = {"data": Path(args.data).name, **{key: getattr(args, key) for key in kept}}
+    write_results("lora", circumstances, rows, page)
+    lines = {
+        kind: [(row["rank"], row["perplexity"]) for row in rows if row["kind"] == kind] for kind in ("lora", "qlora")
+    }
+    plot = rank_plot(lines, {"all weights": rows[0]["perplexity"]}, f"{args.name}, {circumstances['data']}")
+    write_text_atomic(FOLDER / f"lora_{args.name}.svg", plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Quantization-aware training against the best post-training quantization of the same size.
+
+    python benchmarks/qat.py --name demo-model [--model DIR] [--data TEXT] [--heldout TEXT] [--steps 300]
+        [--rows W3A16-g64:block_ap:kl,...] [--known]
+
+Every row is a `bitwright train qat` run: its method quantizes (the baseline), then its codes are trained, towards the
+original model (kl) or on the text alone (cross_entropy). Both are judged in memory on the same held-out windows, with
+the codes that are exported. What training recovers is the share of the perplexity that the baseline loses. Resumes:
+finished rows are read from --work. Writes benchmarks/results/qat_<name>_<machine>_<date>.json and .md.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from result_files import Row, write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = (
+    "W4A16:gptaq:kl", "W4A16:gptaq:cross_entropy", "W4A16-g128:gptaq:kl", "W4A8:gptaq:kl", "W3A16-g64:block_ap:kl",
+    "W3A16-g64:block_ap:cross_entropy", "W2A16-g64:block_ap:kl", "W2A16-g64:block_ap:cross_entropy",
+    "ternary-g64:gptq:kl",
+)  # fmt: skip
+
+
+def measure(args: argparse.Namespace, row: str) -> Row | None:
+    """One row; None where only finished ones are wanted and it is not."""
+    from bitwright.cli.console import ProgressBars
+    from bitwright.qat_run import QatTask, train_quantized
+    from bitwright.recipe import Recipe
+    from bitwright.runs import RunDirectory
+    from bitwright.schemes import Scheme
+    from bitwright.train.options import TrainingOptions
+    from bitwright.train.qat import QatOptions
+    from bitwright.training_text import TrainingText
+
+    scheme, method, loss = row.split(":")
+    out = args.work / row.replace(":", "-")
+    if args.known and not (out.is_dir() and RunDirectory(out).is_complete):
+        return None
+    rate = args.learning_rate if scheme[1] in "34" and scheme[0] == "W" else 2 * args.learning_rate
+    task = QatTask(
+        recipe=Recipe(scheme=Scheme.parse(scheme), method=method, max_kl=100.0),
+        text=TrainingText(data=args.data, heldout=args.heldout, seqlen=args.seqlen, windows=args.windows),
+        training=TrainingOptions(steps=args.steps, batch=args.batch, learning_rate=rate),
+        qat=QatOptions(freeze_after=0.8),
+        loss=loss,
+    )  # fmt: skip
+    with ProgressBars(quiet=not sys.stderr.isatty()) as progress:
+        found = train_quantized(args.model, task, out, progress=progress)
+    results = {key: value for key, value in found.results.items() if key != "losses"}
+    print(f"{row}: perplexity {results['perplexity_before']:.3f} -> {results['perplexity']:.3f}", file=sys.stderr)
+    return {"row": row, "scheme": scheme, "method": method, "loss": loss, "learning_rate": rate, **results}
+
+
+def page(circumstances: Row, rows: Sequence[Row]) -> str:
+    """The results file."""
+    c = circumstances
+    lines = [
+        f"# Quantization-aware training of {c['name']}, {c['date']}",
+        "",
+        f"`python benchmarks/qat.py --name {c['name']}` on {c['machine']}: {c['steps']} steps of {c['batch']} windows of {c['seqlen']} "
+        f"tokens of {c['data']} ({c['windows']} windows), grids frozen after 80 % of them. Judged on "
+        f"{rows[0]['heldout_tokens']} tokens of {c['heldout']}; the original's perplexity is "
+        f"{rows[0]['perplexity_original']:.3f}. Before: the baseline, post-training quantization by the method named; "
+        "after: the trained codes. Recovered is the share of the baseline's loss in perplexity (and of its KL). Seconds "
+        f"are of the whole run with the baseline. {c['note']}",
+        "",
+        "| scheme | baseline | loss | bits | perplexity before | after | recovered | KL before | after | recovered "
+        "| seconds | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lost = r["perplexity_before"] - r["perplexity_original"]
+        gained = (r["perplexity_before"] - r["perplexity"]) / lost
+        lines.append(
+            f"| {r['scheme']} | {r['method']} | {r['loss']} | {r['bits_per_weight']:.3f} | {r['perplexity_before']:.3f} "
+            f"| {r['perplexity']:.3f} | {gained:.0%} | {r['kl_before']:.5f} | {r['kl_mean']:.5f} "
+            f"| {1 - r['kl_mean'] / r['kl_before']:.0%} | {r['seconds']:.0f} | {r['peak_memory_bytes'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    from bitwright.demo import demo_model
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the model, in the results' file names")
+    parser.add_argument("--model", type=Path, default=demo_model())
+    parser.add_argument("--data", default="stdlib")
+    parser.add_argument("--heldout", default="stdlib:heldout")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=2000)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--known", action="store_true", help="measure nothing: a page of the rows that are finished")
+    parser.add_argument("--note", default="", help="a sentence for the page: how the machine was shared, say")
+    parser.add_argument("--work", type=Path)
+    args = parser.parse_args()
+    args.work = args.work or ROOT / "build" / f"qat-{args.name}"
+    rows = [row for name in args.rows.split(",") if (row := measure(args, name)) is not None]
+    kept = ("name", "data", "heldout", "steps", "batch", "seqlen", "windows", "note")
+    write_results("qat", {key: getattr(args, key) for key in kept}, rows, page)
+
+
+if __name__ == "__main__":
+    main()
