@@ -92,9 +92,10 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
     lines = [
         f"# Fine-tuning of {c['name']}, {c['date']}",
         "",
-        f"`python benchmarks/lora.py --name {c['name']}` on {c['machine']}: {c['steps']} steps of {c['batch']} windows of {c['seqlen']} "
-        f"tokens of {c['data']}, which the model has never seen. Judged on {rows[0]['heldout_tokens']} tokens of it that "
-        f"are held out. Perplexity before: {rows[0]['perplexity_before']:.2f} (the quantized base has its own). alpha "
+        f"`python benchmarks/lora.py --name {c['name']}` on {c['machine']}: {c['steps']} steps of {c['batch']} windows "
+        f"of {c['seqlen']} "
+        f"tokens of {c['data']}, which the model has never seen. Judged on {rows[0]['heldout_tokens']} tokens of it "
+        f"that are held out. Perplexity before: {rows[0]['perplexity_before']:.2f} (the quantized base has its own). alpha "
         f"is twice the rank; all weights are trained at {FULL_RATE_SHARE:g} of the adapters' learning rate "
         f"{c['learning_rate']:g}. Weights and adapters are bytes in memory; gradients and AdamW's states are three "
         f"times the trainable parameters' bytes. {c['note']}",
@@ -105,9 +106,10 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
             ratio = by_name[name]["perplexity"] / other["perplexity"] - 1
             lines += [f"- {name} against {other['row']}: perplexity {ratio:+.2%}"]
     lines += [
-        "", "| row | trainable | share | perplexity | weights MB | gradients and optimizer MB | peak growth MB | seconds |",
+        "",
+        "| row | trainable | share | perplexity | weights MB | gradients and optimizer MB | peak growth MB | seconds |",
         "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for r in rows:
         memory = r["memory"]
         weights = memory["weights"] + memory.get("scales", 0) + memory.get("adapters", 0)

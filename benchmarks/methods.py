@@ -164,6 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", default="", help="all unless given")
     parser.add_argument("--skip", default="", help="methods of peers to leave out, such as those that take hours")
     parser.add_argument("--only-peers", action="store_true", help="measure peers, write no page")
+    parser.add_argument("--only-ours", action="store_true", help="measure ours, write no page")
     parser.add_argument("--known", action="store_true", help="measure nothing: a page of the cells that are finished")
     parser.add_argument("--note", default="", help="a paragraph for the page: how the machine was shared, say")
     parser.add_argument("--work", type=Path, help="build/methods-NAME unless given")
@@ -183,6 +184,9 @@ def main() -> None:
     work = args.work or ROOT / "build" / f"methods-{args.name}"
     if args.only_peers:
         run_theirs(args, work)
+        return
+    if args.only_ours:
+        run_ours(args, work)
         return
     rows = run_ours(args, work) + run_theirs(args, work)
     circumstances = {

@@ -35,8 +35,10 @@ def rank_plot(lines: Mapping[str, Sequence[tuple[int, float]]], levels: Mapping[
         f'<text x="{LEFT}" y="22" font-size="15">{title}</text>',
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">rank</text>',
     ]
-    for rank in sorted({rank for rank, _ in points}):
-        parts.append(f'<text x="{x(rank):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{rank}</text>')
+    parts += [
+        f'<text x="{x(rank):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{rank}</text>'
+        for rank in sorted({rank for rank, _ in points})
+    ]
     for step in range(5):
         value = low + (high - low) * step / 4
         parts += [
