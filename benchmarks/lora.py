@@ -95,8 +95,8 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         f"`python benchmarks/lora.py --name {c['name']}` on {c['machine']}: {c['steps']} steps of {c['batch']} windows "
         f"of {c['seqlen']} "
         f"tokens of {c['data']}, which the model has never seen. Judged on {rows[0]['heldout_tokens']} tokens of it "
-        f"that are held out. Perplexity before: {rows[0]['perplexity_before']:.2f} (the quantized base has its own). alpha "
-        f"is twice the rank; all weights are trained at {FULL_RATE_SHARE:g} of the adapters' learning rate "
+        f"that are held out. Perplexity before: {rows[0]['perplexity_before']:.2f} (the quantized base has its own). "
+        f"alpha is twice the rank; all weights are trained at {FULL_RATE_SHARE:g} of the adapters' learning rate "
         f"{c['learning_rate']:g}. Weights and adapters are bytes in memory; gradients and AdamW's states are three "
         f"times the trainable parameters' bytes. {c['note']}",
         "",

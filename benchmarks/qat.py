@@ -60,9 +60,8 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
     lines = [
         f"# Quantization-aware training of {c['name']}, {c['date']}",
         "",
-        f"`python benchmarks/qat.py --name {c['name']}` on {c['machine']}: {c['steps']} steps of {c['batch']} windows of "
-        f"{c['seqlen']} "
-        f"tokens of {c['data']} ({c['windows']} windows), grids frozen after 80 % of them. Judged on "
+        f"`python benchmarks/qat.py --name {c['name']}` on {c['machine']}: {c['steps']} steps of {c['batch']} windows "
+        f"of {c['seqlen']} tokens of {c['data']} ({c['windows']} windows), grids frozen after 80 % of them. Judged on "
         f"{rows[0]['heldout_tokens']} tokens of {c['heldout']}; the original's perplexity is "
         f"{rows[0]['perplexity_original']:.3f}. Before: the baseline, post-training quantization by the method named; "
         "after: the trained codes. Recovered is the share of the baseline's loss in perplexity (and of its KL). "
@@ -77,7 +76,8 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         gained = (r["perplexity_before"] - r["perplexity"]) / lost
         lines.append(
             f"| {r['scheme']} | {r['method']} | {r['loss']} | {r['bits_per_weight']:.3f} "
-            f"| {r['perplexity_before']:.3f} | {r['perplexity']:.3f} | {gained:.0%} | {r['kl_before']:.5f} | {r['kl_mean']:.5f} "
+            f"| {r['perplexity_before']:.3f} | {r['perplexity']:.3f} | {gained:.0%} "
+            f"| {r['kl_before']:.5f} | {r['kl_mean']:.5f} "
             f"| {1 - r['kl_mean'] / r['kl_before']:.0%} | {r['seconds']:.0f} | {r['peak_memory_bytes'] / 1e6:.0f} |"
         )
     return "\n".join(lines) + "\n"

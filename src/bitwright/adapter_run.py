@@ -38,7 +38,7 @@ from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, a
 from bitwright.train.low_rank_start import start_at_error
 from bitwright.train.memory_ledger import measure_memory
 from bitwright.train.options import TrainingOptions
-from bitwright.train.processes import Processes, QuantizedGradients
+from bitwright.train.processes import Processes
 from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
 from bitwright.training_text import TrainingText
 
@@ -106,7 +106,7 @@ def train_adapter(
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
     require_packages(task.training)
-    run, processes = RunDirectory(Path(out)), Processes(task.device)
+    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
     run.check_place()
     checkpoint = open_checkpoint(model)
     windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
@@ -153,9 +153,8 @@ def _train(
     before = score_in_memory(loaded, heldout)
     if task.start_at_error:
         _start_at_error(adapters, model, trust_remote_code)
-    gradients = QuantizedGradients(task.gradient_bits, processes)
     folder = run.work / TRAINING
-    curve = fit(loaded, windows, task.training, folder, wrapped=gradients.wrapped, progress=progress)
+    curve = fit(loaded, windows, task.training, folder, wrapped=processes.wrapped, progress=progress)
     if not processes.is_main:
         return
     after = score_in_memory(loaded, heldout)

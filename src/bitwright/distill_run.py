@@ -23,7 +23,7 @@ from bitwright.train.distillation import distillation_loss, kl_loss, teacher_tar
 from bitwright.train.engine import Curve, fit, require_packages
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.options import Objective, TrainingOptions
-from bitwright.train.processes import Processes, QuantizedGradients
+from bitwright.train.processes import Processes
 from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
 from bitwright.training_text import TrainingText
 
@@ -69,7 +69,7 @@ def distill_model(
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
     require_packages(task.training)
-    run, processes = RunDirectory(Path(out)), Processes(task.device)
+    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
     run.check_place()
     student, teacher = open_checkpoint(model), open_checkpoint(task.teacher)
     _require_alike(model, task, student, trust_remote_code)
@@ -101,7 +101,7 @@ def _train(
     objective = _objective(teacher, windows, task, run.work / TARGETS, processes, progress)
     curve = fit(
         student, windows, task.training, run.work / TRAINING, objective=objective,
-        wrapped=QuantizedGradients(task.gradient_bits, processes).wrapped, progress=progress,
+        wrapped=processes.wrapped, progress=progress,
     )  # fmt: skip
     if not processes.is_main:
         return

@@ -37,7 +37,7 @@ from bitwright.train.fake_inputs import add_fake_cache
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.options import Objective, TrainingOptions
-from bitwright.train.processes import Processes, QuantizedGradients
+from bitwright.train.processes import Processes
 from bitwright.train.qat import QatOptions, convert, freeze_grids, grid_parameters, prepare
 from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
 from bitwright.training_text import TrainingText
@@ -113,7 +113,7 @@ def train_quantized(
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
     require_packages(task.training)
-    run, processes = RunDirectory(Path(out)), Processes(task.device)
+    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
     run.check_place()
     windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
     recipe = task.text.calibrate(task.recipe, model, trust_remote_code=trust_remote_code)
@@ -243,7 +243,7 @@ class _Work:
         return fit(
             student, windows, self.task.training, self.run.work / TRAINING, objective=self._objective(teacher),
             rate=lambda name: self.task.grid_rate if name in names else 1.0, buffers=buffers, after_step=after_step,
-            wrapped=QuantizedGradients(self.task.gradient_bits, self.processes).wrapped, progress=self.progress,
+            wrapped=self.processes.wrapped, progress=self.progress,
         )  # fmt: skip
 
     def _objective(self, teacher: nn.Module) -> Objective:

@@ -1,7 +1,6 @@
 """Several processes that train one model, as torchrun starts them: one of them writes, the others wait for it."""
 
 import os
-from collections.abc import Callable
 from typing import Any, cast
 
 from torch import nn
@@ -13,15 +12,24 @@ from bitwright.train.gradients import GradientTraffic, register
 
 
 class Processes:
-    """The processes of this training; alone unless torchrun says otherwise.
+    """The processes of this training; one alone unless torchrun says otherwise.
 
     Args:
-        device: where to train; with several GPUs each process takes its own.
+        device: where to train; of several GPUs each process takes its own.
+        gradient_bits: of the gradients that they send each other; None for dense ones.
+    Attributes:
+        traffic: what quantized gradients have sent; None before the first step, and for dense ones.
+    Raises:
+        RecipeError: quantized gradients of one process.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, gradient_bits: int | None = None) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.is_main = int(os.environ.get("RANK", "0")) == 0
+        if gradient_bits is not None and self.count == 1:
+            raise RecipeError("--gradient-bits: one process sends no gradients. Start several with torchrun.")
+        self._gradients = None if gradient_bits is None else GradientOptions(bits=gradient_bits)
+        self.traffic: GradientTraffic | None = None
         self._state: Any = None
         if self.count > 1:
             from accelerate import PartialState
@@ -34,25 +42,7 @@ class Processes:
         if self._state is not None:
             self._state.wait_for_everyone()
 
-
-class QuantizedGradients:
-    """Makes a training send its gradients in few bits, once its model is wrapped.
-
-    Attributes:
-        traffic: what was sent; None before.
-    """
-
-    def __init__(self, bits: int | None, processes: Processes) -> None:
-        if bits is not None and processes.count == 1:
-            raise RecipeError("--gradient-bits: one process sends no gradients. Start several with torchrun.")
-        self.options = None if bits is None else GradientOptions(bits=bits)
-        self.traffic: GradientTraffic | None = None
-
-    @property
-    def wrapped(self) -> Callable[[nn.Module], None]:
-        """What `engine.fit` calls with the wrapped model."""
-        return self._wrapped
-
-    def _wrapped(self, model: nn.Module) -> None:
-        if self.options is not None:
-            self.traffic = register(cast(DistributedDataParallel, model), self.options)
+    def wrapped(self, model: nn.Module) -> None:
+        """Quantize the gradients of a model that DDP has wrapped; what `engine.fit` calls."""
+        if self._gradients is not None:
+            self.traffic = register(cast(DistributedDataParallel, model), self._gradients)

@@ -1,0 +1,168 @@
+"""Trainings as runs: what they leave is what was trained, a killed one goes on, and bad input is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitwright import adapter_run, qat_run
+from bitwright.adapter_run import AdapterTask, train_adapter
+from bitwright.distill_run import DistillTask, distill_model
+from bitwright.errors import CheckpointError, DataError, RecipeError, RunError
+from bitwright.model.checkpoint import open_checkpoint
+from bitwright.pipeline import quantize
+from bitwright.qat_run import QatTask, train_quantized
+from bitwright.recipe import Calibration, Recipe
+from bitwright.records import read_jsonl
+from bitwright.schemes import Scheme
+from bitwright.train.lora import LoraConfig
+from bitwright.train.options import TrainingOptions
+from bitwright.training_text import TrainingText
+
+SEQLEN = 16
+
+
+@pytest.fixture
+def text(tiny_text: str, tmp_path: Path) -> TrainingText:
+    file = tmp_path / "text.txt"
+    # The gate's 128 windows of 16 tokens must be a small part of it.
+    file.write_text(tiny_text)
+    return TrainingText(data=str(file), seqlen=SEQLEN)
+
+
+def options(**other: Any) -> TrainingOptions:
+    return TrainingOptions(**{"steps": 4, "batch": 4, "learning_rate": 5e-3, "save_every": 2, **other})
+
+
+def lora(text: TrainingText, **other: Any) -> AdapterTask:
+    return AdapterTask(text=text, training=options(), lora=LoraConfig(rank=4), **other)
+
+
+def qat(text: TrainingText, scheme: str, **other: Any) -> QatTask:
+    recipe = Recipe(scheme=Scheme.parse(scheme), method="rtn", max_kl=100.0)
+    return QatTask(recipe=recipe, text=text, training=options(), **other)
+
+
+def killed(work: Callable[[Any], object], step: int) -> None:
+    """Interrupt a run after a step of its training."""
+
+    def progress(what: str, done: int, _total: int) -> None:
+        if (what, done) == ("train", step):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work(progress)
+
+
+@pytest.mark.parametrize("scheme", [None, "nf4-b16-dq"])
+def test_a_killed_adapter_run_goes_on_to_the_same_adapter(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, scheme: str | None
+) -> None:
+    task = lora(text, scheme=None if scheme is None else Scheme.parse(scheme), start_at_error=scheme is not None)
+    whole = train_adapter(tiny_llama_dir, task, tmp_path / "whole")
+    killed(lambda progress: train_adapter(tiny_llama_dir, task, tmp_path / "killed", progress=progress), 3)
+    found = train_adapter(tiny_llama_dir, task, tmp_path / "killed")
+    assert found.curve.losses == whole.curve.losses
+    assert len(whole.curve.losses) == 4
+    files = [folder / adapter_run.ADAPTER / "adapter_model.safetensors" for folder in (whole.run, found.run)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    kinds = [record["kind"] for record in read_jsonl(whole.run / "5-records.jsonl")]
+    assert kinds == ["environment", "training", *["training_step"] * 4]
+    assert train_adapter(tiny_llama_dir, task, tmp_path / "whole").results == whole.results
+
+
+@pytest.mark.parametrize("scheme", ["W3A16-g16", "W2A16-g16-asym", "ternary-g16", "nf4-b16", "W4A8-g16", "fp8"])
+def test_the_codes_of_the_last_step_are_what_is_written(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: dict[str, Any] = {}
+    convert = qat_run.convert
+
+    def spy(model: Any) -> Any:
+        trained.update(convert(model))
+        return trained
+
+    monkeypatch.setattr(qat_run, "convert", spy)
+    found = train_quantized(tiny_llama_dir, qat(text, scheme), tmp_path / "run")
+    written = open_checkpoint(found.quantized / "4-model")
+    assert len(trained) == len(written.packed_names()) > 0
+    for name, site in trained.items():
+        packed = written.read_packed(f"{name}.weight")
+        assert torch.equal(packed.weight.codes, site.weight.codes), name
+        assert torch.equal(packed.weight.dequantize(), site.weight.dequantize()), name
+    assert found.failure is None
+    assert (found.run / "5-records.jsonl").is_file()
+
+
+def test_training_towards_the_original_comes_closer_to_it(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path
+) -> None:
+    recipe = Recipe(scheme=Scheme.parse("W2A16-g16"), method="rtn", max_kl=100.0)
+    task = QatTask(recipe=recipe, text=text, training=options(steps=20, learning_rate=5e-4), start="original")
+    found = train_quantized(tiny_llama_dir, task, tmp_path / "run")
+    assert found.results["kl_mean"] < found.results["kl_before"]
+
+
+def test_a_killed_qat_run_goes_on_to_the_same_codes(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:
+    task = qat(text, "W3A16-g16", train_rest=True)
+    whole = train_quantized(tiny_llama_dir, task, tmp_path / "whole")
+    killed(lambda progress: train_quantized(tiny_llama_dir, task, tmp_path / "killed", progress=progress), 3)
+    found = train_quantized(tiny_llama_dir, task, tmp_path / "killed")
+    assert found.curve.losses == whole.curve.losses
+    for shard in sorted((whole.quantized / "4-model").glob("*.safetensors")):
+        same = load_file(found.quantized / "4-model" / shard.name)
+        assert all(torch.equal(tensor, same[name]) for name, tensor in load_file(shard).items())
+    original = open_checkpoint(tiny_llama_dir).read(["model.norm.weight"])["model.norm.weight"]
+    trained = open_checkpoint(whole.quantized / "4-model").read(["model.norm.weight"])["model.norm.weight"]
+    assert not torch.equal(original, trained), "the rest was to be trained as well"
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_a_distilled_model_is_a_model_directory(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, top_k: int | None
+) -> None:
+    task = DistillTask(teacher=str(tiny_llama_dir), text=text, training=options(), top_k=top_k)
+    found = distill_model(tiny_llama_dir, task, tmp_path / "run")
+    assert set(open_checkpoint(found.run / "4-model").names) == set(open_checkpoint(tiny_llama_dir).names)
+    assert found.results["kl_before"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_what_is_held_out_is_neither_trained_nor_calibrated_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "numbers.txt").write_text(" ".join(str(number * 7919) for number in range(2000)))
+    text = TrainingText(data=str(tmp_path / "numbers.txt"), seqlen=32)
+    windows, heldout = text.draw(tiny_llama_dir, trust_remote_code=False)
+    recipe = text.calibrate(Recipe(), tiny_llama_dir, trust_remote_code=False)
+    rows = {tuple(row.tolist()) for row in windows}
+    assert not rows & {tuple(row.tolist()) for row in heldout}
+    assert recipe.calibration.num_samples <= len(windows)
+
+
+def test_another_configuration_does_not_go_on_with_a_run(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path
+) -> None:
+    killed(lambda progress: train_adapter(tiny_llama_dir, lora(text), tmp_path / "run", progress=progress), 1)
+    other = AdapterTask(text=text, training=options(learning_rate=1e-4), lora=LoraConfig(rank=4))
+    with pytest.raises(RunError, match="another recipe"):
+        train_adapter(tiny_llama_dir, other, tmp_path / "run")
+
+
+def test_impossible_requests_are_refused(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RecipeError, match="needs a --scheme"):
+        lora(text, by_group=True)
+    with pytest.raises(RecipeError, match="one process sends no gradients"):
+        train_adapter(tiny_llama_dir, lora(text, gradient_bits=8), out)
+    with pytest.raises(RecipeError, match="bitwright train qat"):
+        quantize(tiny_llama_dir, Recipe(method="trained"), tmp_path / "other")
+    (tmp_path / "short.txt").write_text("a few words " * 20)
+    with pytest.raises(DataError, match="are held out"):
+        train_adapter(tiny_llama_dir, lora(TrainingText(data=str(tmp_path / "short.txt"), seqlen=SEQLEN)), out)
+    packed = quantize(
+        tiny_llama_dir, Recipe(scheme=Scheme.parse("W4A16-g16"), method="rtn", calibration=Calibration(seqlen=64)),
+        tmp_path / "packed",
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="quantized"):
+        distill_model(packed.run / "4-model", DistillTask(teacher=str(tiny_llama_dir), text=text), out)
