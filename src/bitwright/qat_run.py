@@ -181,6 +181,8 @@ class _Work:
             "kind": "qat",
             "scheme": str(self.recipe.scheme),
             "loss": self.task.loss,
+            "temperature": self.task.temperature,
+            "start": self.task.start,
             "perplexity_original": original.perplexity,
             "perplexity_before": before.perplexity,
             "perplexity": after.perplexity,

@@ -149,6 +149,10 @@ class ExampleRun:
             {"kind": "generation", "prompt": "Twice", "before": " over", "after": " over"},
             {"kind": "speed", "device": "cpu", "decode_tokens_per_s": {"median": 21.5}, "decode_j_per_token": 0.75},
             {"kind": "transform", "transform": "awq", "block": first, "what": "scaled", "invariance": 1e-6},
+            {"kind": "training", "method": "qat", "loss": "kl", "kl_before": 0.04, "kl_mean": 0.03},
+            {"kind": "training_step", "step": 1, "loss": 0.045, "learning_rate": 0.001},
+            {"kind": "training_step", "step": 2, "loss": 0.031, "learning_rate": 0.0005},
+            {"kind": "merge", "how": "requantize", "kl_mean": 0.01, "perplexity_before": 6.5, "perplexity": 6.6},
         ]
 
     def write_statistics(self) -> None:

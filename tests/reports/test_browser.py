@@ -19,7 +19,7 @@ from bitwright.reports.page import write_report
 MAX_BYTES = 8_000_000
 TIMEOUT_MS = 120_000
 """For machines that are busy with something else."""
-NAMES = ("report", "plain", "comparison", "bench")
+NAMES = ("report", "plain", "trained", "comparison", "bench")
 MARKS = ".point, .scatterlayer .trace, .barlayer path"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 INSTALL = "pip install 'bitwright[browser]', and playwright install chromium or the distribution's chromium"
@@ -41,10 +41,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(example_class: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A report with everything, one with the least, a comparison and the page of a grid."""
+    """A report with everything, one with the least, one of an adapter, a comparison and the page of a grid."""
     folder = tmp_path_factory.mktemp("pages")
-    full, least = example_class(folder / "full"), example_class(folder / "least")
+    full, least, adapter = (example_class(folder / name) for name in ("full", "least", "adapter"))
     full.write(records=full.everything())
+    training = {"kind": "training", "method": "lora", "perplexity_before": 120.0, "perplexity": 80.0}
+    steps = [{"kind": "training_step", "step": step, "loss": 5 - step / 10} for step in range(1, 9)]
+    adapter.write(results=training, records=[training, *steps], recipe={})
     full.write_statistics()
     least.write(records=[])
     asked = {"model": "m", "model_hash": "a", "text": "t", "text_hash": "b", "context": 8, "device": "cpu",
@@ -59,6 +62,7 @@ def pages(example_class: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {
         "report": write_report(full.path, folder / "report.html"),
         "plain": write_report(least.path, folder / "plain.html"),
+        "trained": write_report(adapter.path, folder / "trained.html"),
         "comparison": compare_runs([full.path, least.path], folder / "comparison.html"),
         "bench": write_bench_page(cells, folder / "bench.html"),
     }
@@ -117,6 +121,17 @@ def test_every_chart_has_drawn_marks(desktop: dict[str, Opened], name: str) -> N
     )
     assert len(marks) >= 4
     assert [chart for chart, number in marks if number == 0] == []
+
+
+def test_the_loss_curve_and_its_level_are_drawn_in_the_colours_of_the_page(
+    desktop: dict[str, Opened], phone: dict[str, Opened]
+) -> None:
+    script = (
+        "[...document.querySelectorAll('[data-chart=training] .scatterlayer .js-line')].map(line => line.style.stroke)"
+    )
+    light, dark = desktop["trained"].evaluate(script), phone["trained"].evaluate(script)
+    assert len(light) == len(dark) == 2
+    assert not set(light) & set(dark)
 
 
 @pytest.mark.parametrize("name", NAMES)

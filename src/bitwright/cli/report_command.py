@@ -31,13 +31,18 @@ def report(
     if len(runs) > 1 and out is None:
         raise RunError(f"{len(runs)} runs are set side by side in a page of their own. Give it a name with --out.")
     if samples:
+        from bitwright.reports.facts import read_facts
         from bitwright.samples import record_samples
 
         with ProgressBars(quiet=quiet) as progress:
             for run in runs:
+                facts = read_facts(run)
+                if facts.is_only_trained:
+                    raise RunError(f"{run}: has no quantized model that could write samples. Leave out --samples.")
                 record_samples(
-                    run, original, num=samples, device=device, trust_remote_code=trust_remote_code, progress=progress
-                )
+                    facts.path, original, num=samples, device=device, trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )  # fmt: skip
     if len(runs) == 1:
         from bitwright.reports.page import write_report
 

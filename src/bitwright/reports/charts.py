@@ -1,17 +1,22 @@
-"""The charts of one run: what was lost through the depth and in each site, what was tried, what the inputs are like."""
+"""The charts of one run: what was lost by depth and by site, what was tried and trained, what the inputs are like."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from bitwright.reports import wording
 from bitwright.reports.channels import ChannelFact
-from bitwright.reports.entries import is_finite
+from bitwright.reports.entries import Figure, is_finite
 from bitwright.reports.facts import BlockFact, SiteFact
 from bitwright.reports.findings import TrialFact
-from bitwright.reports.plotting import Chart, block_axis, drawable, framed, plain, series
+from bitwright.reports.plotting import Chart, block_axis, compact, drawable, framed, plain, series
+from bitwright.reports.training import StepFact, Training, levels, loss_name
 
 MEASURES = {"output_sqnr_db": "output", "weight_sqnr_db": "weights"}
+NUM_POINTS = 200
+"""A loss curve has no more points: each is the mean over `steps_per_point`."""
 _LAST_INDEX = re.compile(r"\[\d+\]$")
 
 
@@ -118,9 +123,46 @@ def trial_chart(trials: Sequence[TrialFact], block_order: Mapping[str, int]) -> 
     return chart
 
 
+def training_chart(training: Training) -> Chart:
+    """The loss over the steps, and as level lines what it is without training and at best."""
+    size = steps_per_point(training)
+    points = [training.steps[first : first + size] for first in range(0, len(training.steps), size)]
+    losses = [_mean_loss(steps) for steps in points]
+    last = training.steps[-1].step
+    x = [steps[-1].step for steps in points]
+    labels = [_step_label(steps, loss) for steps, loss in zip(points, losses, strict=True)]
+    curve = series("scatter", x, [compact(loss) for loss in losses], labels, colour=0)
+    traces: list[dict[str, Any]] = [{**curve, "mode": "lines", "name": "loss of the text trained on"}]
+    for index, (label, level) in enumerate(levels(training), start=1):
+        words = f"<b>{plain(label)}</b><br>{wording.number(level)} nats per token on the held-out text"
+        line = series("scatter", [0, last], [compact(level)] * 2, [words] * 2, colour=index)
+        line["line"]["dash"] = "dash" if index == 1 else "dot"
+        traces.append({**line, "mode": "lines", "name": plain(label)})
+    kind = loss_name(training)
+    chart = framed(traces, {"title": {"text": "Step"}}, f"{kind} (nats per token)" if kind else "Loss")
+    chart["layout"]["showlegend"] = True
+    return chart
+
+
+def steps_per_point(training: Training) -> int:
+    """Steps behind one point of the curve."""
+    return max(1, math.ceil(len(training.steps) / NUM_POINTS))
+
+
 def role(site: str) -> str:
     """The last part of a site's name without an expert's number: sites of one role do the same job in every block."""
     return _LAST_INDEX.sub("", site).rsplit(".", 1)[-1]
+
+
+def _mean_loss(steps: Sequence[StepFact]) -> Figure:
+    known = [step.loss for step in steps if step.loss is not None]
+    return fmean(known) if known else None
+
+
+def _step_label(steps: Sequence[StepFact], loss: Figure) -> str:
+    first, last = (wording.count(step.step) for step in (steps[0], steps[-1]))
+    which = f"step {first}" if len(steps) == 1 else f"steps {first}–{last}"
+    return f"<b>{which}</b><br>loss {wording.number(loss)}<br>learning rate {wording.number(steps[-1].learning_rate)}"
 
 
 def _site_label(site: SiteFact, num_members: int) -> str:

@@ -15,6 +15,9 @@ from bitwright.reports.entries import Figure, Records, figure, mapping_or_empty,
 from bitwright.reports.findings import Findings, read_findings
 from bitwright.runs import RUN_FILE, open_run
 
+TRAINED_CODES = "4-quantized"
+"""In a run of quantization-aware training: the run of the codes that were trained."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
@@ -130,9 +133,10 @@ class Facts:
     """All that the report says, before it is put into words.
 
     Attributes:
-        path: the run directory.
+        path: the run directory; of quantization-aware training that of its codes.
         failure: why the run failed its gate; None if it passed.
         asked: model, recipe and hashes from run.json, as written.
+        task: what a training was asked for; empty where there was none.
         context: device, dtype, seed and environment from the records; empty if none was recorded.
         recorded: the headline figures as the records have them; None if they have none.
         channels: how loud the input channels of each group of sites are; empty where nothing was calibrated.
@@ -142,6 +146,7 @@ class Facts:
     path: Path
     failure: str | None
     asked: Mapping[str, Any]
+    task: Mapping[str, Any]
     context: Mapping[str, Any]
     results: Results
     recorded: Results | None
@@ -165,10 +170,21 @@ class Facts:
         return figure(self.recipe, "max_kl", f"{self.path / RUN_FILE}: recipe")
 
     @property
+    def is_only_trained(self) -> bool:
+        """Whether the run trained or merged something and quantized nothing."""
+        return self.recorded is None and (self.findings.training is not None or bool(self.findings.merges))
+
+    @property
     def figure(self) -> str:
         """The figure that ranks sites: the error of their output where it was measured, else of their weights."""
         has_output = any(site.output_sqnr_db is not None for site in self.sites)
         return "output_sqnr_db" if has_output else "weight_sqnr_db"
+
+
+def quantized_run(path: Path) -> Path:
+    """Return the run that has the quantized model: in quantization-aware training that of its codes, else itself."""
+    inner = path / TRAINED_CODES
+    return inner if (inner / RUN_FILE).is_file() else path
 
 
 def read_facts(path: Path) -> Facts:
@@ -177,8 +193,11 @@ def read_facts(path: Path) -> Facts:
     Raises:
         RunError: no finished run there, or an entry that is not what bitwright writes.
     """
+    whole = mapping_or_empty(mapping_or_empty(open_run(path).info).get("asked"))
+    path = quantized_run(path)
     run = open_run(path)
     info = mapping_or_empty(run.info)
+    task = _task(whole)
     where = f"{path / RUN_FILE}: results"
     if not isinstance(info.get("results"), dict):
         raise RunError(f"{where}: missing. The file was changed by hand or is of another version; run again.")
@@ -189,7 +208,8 @@ def read_facts(path: Path) -> Facts:
         path=path,
         failure=None if failure is None else str(failure),
         asked=mapping_or_empty(info.get("asked")),
-        context=records.first("context"),
+        task=task,
+        context=records.first("context") or _environment(records),
         results=read_entry(Results, cast(dict[str, Any], info["results"]), where),
         recorded=recorded[0] if recorded else None,
         blocks=records.read(BlockFact, "block"),
@@ -199,5 +219,17 @@ def read_facts(path: Path) -> Facts:
         evaluations=records.read(EvaluationFact, "evaluate"),
         exports=records.read(ExportFact, "export"),
         channels=read_channels(run),
-        findings=read_findings(records),
+        findings=read_findings(records, task),
     )
+
+
+def _task(asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a training was asked for, and what it was to start from."""
+    task, method = mapping_or_empty(asked.get("task")), mapping_or_empty(asked.get("recipe")).get("method")
+    return {**task, "method_before_training": method} if task and method else task
+
+
+def _environment(records: Records) -> Mapping[str, Any]:
+    """The context of a run that recorded its environment alone."""
+    found = {key: value for key, value in records.first("environment").items() if key != "kind"}
+    return {"environment": found} if found else {}

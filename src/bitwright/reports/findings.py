@@ -1,4 +1,4 @@
-"""What only some runs have recorded: trials of method auto, sensitivities, histograms, repairs, text, speed.
+"""What only some runs have recorded: trials of method auto, sensitivities, histograms, repairs, text, speed, training.
 
 Kinds of records, each with the fields of its class here:
 
@@ -8,6 +8,8 @@ Kinds of records, each with the fields of its class here:
     repair       one step of an automatic repair
     generation   one continuation of a prompt, before and after (`samples`); of two for one prompt the later
     speed        how fast the finished model generates, and on what energy
+
+What a training leaves is in `training`.
 """
 
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitwright.reports.entries import Figure, Records, figure, figures, is_finite, mapping_or_empty, read_entry, text
+from bitwright.reports.training import MergeFact, Training, read_training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +105,7 @@ class SpeedFact:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """All of them; histograms by site."""
+    """All of them; histograms by site, training None where there was none."""
 
     trials: tuple[TrialFact, ...]
     sensitivities: tuple[SensitivityFact, ...]
@@ -110,11 +113,16 @@ class Findings:
     repairs: tuple[RepairFact, ...]
     generations: tuple[GenerationFact, ...]
     speeds: tuple[SpeedFact, ...]
+    training: Training | None
+    merges: tuple[MergeFact, ...]
 
 
-def read_findings(records: Records) -> Findings:
+def read_findings(records: Records, task: Mapping[str, Any]) -> Findings:
     """Read them.
 
+    Args:
+        records: of the run.
+        task: what a training was asked for; empty where there was none.
     Raises:
         RunError: an entry is not what bitwright writes.
     """
@@ -125,6 +133,8 @@ def read_findings(records: Records) -> Findings:
         repairs=tuple(_repair(record, where) for record, where in records.of("repair")),
         generations=tuple({fact.prompt: fact for fact in records.read(GenerationFact, "generation")}.values()),
         speeds=tuple(_speed(record, where) for record, where in records.of("speed")),
+        training=read_training(records, task),
+        merges=records.read(MergeFact, "merge"),
     )
 
 

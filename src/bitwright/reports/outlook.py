@@ -101,7 +101,8 @@ def _repairs(facts: Facts, model: str) -> list[Step]:
         steps.append(Step(what="Round with the inputs in view, at the same size.", command=command))
     if ranked:
         pattern = f"*.{role(ranked[0].site)}"
-        command = f"{again} --method {method} --ignore '{pattern}' --out DIRECTORY"
+        is_trained = facts.findings.training is not None  # by a command that the records do not know
+        command = "" if is_trained else f"{again} --method {method} --ignore '{pattern}' --out DIRECTORY"
         what = f"Give the worst sites more bits by a rule of a recipe for {pattern}, or leave them in 16 bit"
         steps.append(Step(what=f"{what}, with the other options as they were.", command=command))
     return steps

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from bitwright.records import write_text_atomic
-from bitwright.reports import channels, charts, outlook, story, trials, wording
+from bitwright.reports import channels, charts, outlook, story, training, trials, wording
 from bitwright.reports.facts import Facts, SiteFact, read_facts
 from bitwright.reports.site_map import site_details, site_map
 from bitwright.runs import RunDirectory
@@ -46,7 +46,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run as one self-contained HTML file.
 
     Args:
-        run: the run directory.
+        run: the run directory; of quantization-aware training its own or that of its codes.
         out: the file; `7-report.html` in the run unless given.
     Returns:
         the file written.
@@ -56,6 +56,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     facts = read_facts(run)
     target = RunDirectory(run).report if out is None else out
+    if facts.is_only_trained:
+        return _write_trained(facts, target)
     order = {block.block: index for index, block in enumerate(facts.blocks)}
     for site in facts.sites:
         order.setdefault(site.block, len(order))
@@ -67,12 +69,37 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     }
     headline = {
         "run": str(run), "failure": facts.failure, "asked": facts.asked, "results": asdict(facts.results),
-        "evaluations": [asdict(evaluation) for evaluation in facts.evaluations],
+        "evaluations": [asdict(evaluation) for evaluation in facts.evaluations], **_trained(facts),
     }  # fmt: skip
     return write_page(
         "report.html.j2", target, facts=facts, results=facts.results, story=story, outlook=outlook, wording=wording,
-        tried=trials.trials(facts), trials=trials, channels=channels, data=data, json=json_text(headline),
+        tried=trials.trials(facts), trials=trials, channels=channels, charts=charts, training=training, data=data,
+        json=json_text(headline),
     )  # fmt: skip
+
+
+def _write_trained(facts: Facts, target: Path) -> Path:
+    """The page of a run that has no quantized model: of an adapter, of distillation."""
+    headline = {"run": str(facts.path), "failure": facts.failure, "asked": facts.asked, **_trained(facts)}
+    return write_page(
+        "trained.html.j2", target, facts=facts, story=story, wording=wording, charts=charts, training=training,
+        data={"charts": _training_charts(facts)}, json=json_text(headline),
+    )  # fmt: skip
+
+
+def _trained(facts: Facts) -> dict[str, Any]:
+    """What the JSON says of training; the steps are in the records."""
+    trained, found = facts.findings.training, dict[str, Any]()
+    if trained is not None:
+        found["training"] = {**asdict(trained.figures), "memory": dict(trained.memory)}
+    if facts.findings.merges:
+        found["merges"] = [asdict(merge) for merge in facts.findings.merges]
+    return found
+
+
+def _training_charts(facts: Facts) -> dict[str, Any]:
+    trained = facts.findings.training
+    return {} if trained is None or not trained.steps else {"training": charts.training_chart(trained)}
 
 
 def site_columns(sites: Sequence[SiteFact]) -> dict[str, Any]:
@@ -99,7 +126,7 @@ def _charts(facts: Facts, order: Mapping[str, int]) -> dict[str, Any]:
         drawn["trials"] = charts.trial_chart(facts.findings.trials, order)
     if facts.channels:
         drawn["channels"] = charts.channel_chart(facts.channels, order, of_block)
-    return drawn
+    return {**drawn, **_training_charts(facts)}
 
 
 def _rounded(value: float | None, digits: int) -> float | int | None:

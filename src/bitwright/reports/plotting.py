@@ -42,6 +42,11 @@ def drawable(value: Figure) -> float | None:
     return round(cast(float, value), 4) if is_finite(value) else None
 
 
+def compact(value: Figure) -> float | None:
+    """What JSON can carry of a figure that may be small: five digits of it."""
+    return float(f"{value:.5g}") if is_finite(value) else None
+
+
 def plain(value: str) -> str:
     """Keep plotly, which reads a few HTML tags in labels, from reading any in a name."""
     return html.escape(value, quote=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from bitwright.reports import wording
+from bitwright.reports import training, wording
 from bitwright.reports.entries import Figure, is_finite, mapping_or_empty
 from bitwright.reports.facts import Facts, Results, SiteFact, TransformFact
 from bitwright.reports.outlook import ranked_sites
@@ -24,6 +24,10 @@ RECIPE_LABELS = {
     "gptq": "GPTQ options",
     "calibration": "Calibration",
     "max_kl": "Gate",
+    "text": "Trained on",
+    "lora": "Adapters",
+    "qat": "Quantizers",
+    "start": "Training started at",
 }
 
 
@@ -65,13 +69,27 @@ def verdict(facts: Facts) -> list[str]:
     is_told = facts.max_kl is not None and within_gate(facts) == (facts.failure is None)
     gate = f" (the gate is {facts.max_kl:g})" if is_told else ""
     sentences.append(f"{loss}{gate}, and both put the same token first in {wording.percent(r.same_top1)} of cases.")
+    if facts.findings.training is not None:
+        sentences += training.verdict(facts.findings.training)
     return sentences
+
+
+def trained_verdict(facts: Facts) -> list[str]:
+    """The headline of a run that quantized nothing, in sentences."""
+    trained = facts.findings.training
+    merged = [training.merge_sentence(merge) for merge in facts.findings.merges]
+    return (training.verdict(trained) if trained is not None else []) + merged
 
 
 def heading(facts: Facts) -> str:
     """The run in a few words: the last part of the model's path or hub id, the scheme and the method."""
-    name = model_name(facts)
+    name, trained = model_name(facts), facts.findings.training
+    if trained is not None and facts.is_only_trained:
+        base = trained.figures.scheme
+        return f"{name} trained by {training.name(trained)}" + (f" over {base}" if base else "")
     scheme, method = facts.recipe.get("scheme"), facts.recipe.get("method")
+    if trained is not None:
+        method = training.name(trained)
     return name + (f" in {scheme}" if scheme else "") + (f" by {method}" if method else "")
 
 
@@ -136,17 +154,22 @@ def asked(facts: Facts) -> list[tuple[str, str]]:
     """What the user asked for, as labels and values; keys this version does not know are shown as they are."""
     rows = [("Model", str(facts.asked.get("model", wording.ABSENT)))]
     for key, value in facts.recipe.items():
-        label = RECIPE_LABELS.get(str(key), str(key).replace("_", " ").capitalize())
+        label = _label(key)
         if key == "calibration":
             rows.append((label, _calibration(mapping_or_empty(value))))
         elif key == "max_kl":
             rows.append((label, _gate(facts)))
         else:
             rows.append((label, plain(value)))
+    rows += [(_label(key), plain(value)) for key, value in facts.task.items()]
     for key, label in (("device", "Computed on"), ("dtype", "Activations computed in")):
         if facts.context.get(key) is not None:
             rows.append((label, str(facts.context[key])))
     return rows
+
+
+def _label(key: object) -> str:
+    return RECIPE_LABELS.get(str(key), str(key).replace("_", " ").capitalize())
 
 
 def _gate(facts: Facts) -> str:
