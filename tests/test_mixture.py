@@ -1,5 +1,6 @@
 """A search keeps its budget, its fused sets and the recipe's rules, and what it says of sizes is what is written."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from bitwright.budget import Budget
 from bitwright.errors import RecipeError
 from bitwright.escalation import Rung, apply
 from bitwright.mixture import Search
-from bitwright.pipeline import QuantizeResult, quantize
+from bitwright.pipeline import QuantizeResult, export, quantize
 from bitwright.preparation import open_model
 from bitwright.recipe import Calibration, Recipe, Rule, resolve
 from bitwright.records import read_jsonl
 from bitwright.schemes import Scheme
-from bitwright.search.fused import fusion_violations
+from bitwright.search.fused import export_violations, fusion_violations
 
 MENU = ("W2A16-g32", "W4A16-g32", "W8A16-g32")
 Make = Callable[..., Search]
@@ -144,3 +145,19 @@ def test_repair_stops_where_the_budget_has_no_room(
 def _recipe_of(run: Path) -> dict[str, Any]:
     context = next(record for record in read_jsonl(run / "5-records.jsonl") if record["kind"] == "context")
     return context["recipe"]
+
+
+@pytest.mark.parametrize("bits", [3.6, 5.0, 9.0])
+def test_a_mix_exports_to_what_transformers_loads_and_vllm_can_fuse(
+    make: Make, tiny_llama_dir: Path, tmp_path: Path, bits: float
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    search = make(average_bits=bits)
+    found = search.run(rounds=0)
+    recipe = replace(found.recipe(search.recipe), method="rtn", calibration=Calibration(seqlen=32), max_kl=100.0)
+    run = quantize(tiny_llama_dir, recipe, tmp_path / "run").run
+    export(run, "compressed-tensors", tmp_path / "export")  # loads it with transformers and compares
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert export_violations(config, [site.name for site in search.sites]) == ()
+    written = sum(file.stat().st_size for file in (tmp_path / "export").glob("*.safetensors"))
+    assert written == pytest.approx(found.size_bytes, rel=0.01)
