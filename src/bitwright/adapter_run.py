@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
-from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.sites import modules_of
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.nn.linear import QuantizedLinear
-from bitwright.pipeline import quantize
+from bitwright.pipeline import model_directory, quantize
 from bitwright.preparation import DTYPES, model_sites, open_model
 from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
@@ -32,9 +31,9 @@ from bitwright.schemes import Scheme
 from bitwright.train.adapter_files import base_hash, save_adapters
 from bitwright.train.engine import Curve, fit, require_packages
 from bitwright.train.given_sites import write_given_sites
-from bitwright.train.group_adapter import add_group_adapters, fold_adapters
+from bitwright.train.group_adapter import add_group_adapters, fold_adapters, require_foldable
 from bitwright.train.heldout import score_in_memory
-from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, add_adapters, trainable_ledger
+from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, add_adapters, select, trainable_ledger
 from bitwright.train.low_rank_start import start_at_error
 from bitwright.train.memory_ledger import measure_memory
 from bitwright.train.options import TrainingOptions
@@ -78,6 +77,8 @@ class AdapterTask:
             raise RecipeError("an adapter that starts at the error of its base, or folds into it, needs a --scheme.")
         if self.start_at_error and self.by_group:
             raise RecipeError("a group adapter cannot hold the error of a base. Leave one of the two options out.")
+        if self.by_group and self.scheme is not None:
+            require_foldable(self.scheme)
         if self.dtype not in DTYPES:
             raise RecipeError(f"--dtype {self.dtype}: unknown. Use {', '.join(DTYPES)}.")
 
@@ -108,8 +109,10 @@ def train_adapter(
     require_packages(task.training)
     run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
     run.check_place()
-    checkpoint = open_checkpoint(model)
-    windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
+    streamed = open_model(model_directory(model), device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
+    checkpoint = streamed.skeleton.checkpoint
+    select(streamed.skeleton.model, task.lora.targets)
+    windows, heldout = task.text.draw(checkpoint.path, trust_remote_code=trust_remote_code)
     model_hash = checkpoint.audit()
     data_hash = hash_tokens(torch.cat([windows, heldout]))
     asked = {"model": str(model), "model_hash": model_hash, "data_hash": data_hash, "task": _plain(task)}

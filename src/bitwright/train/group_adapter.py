@@ -33,6 +33,7 @@ from bitwright.numerics.grid import Grid
 from bitwright.numerics.inputs import QuantizedSite
 from bitwright.numerics.integer import FLOAT_ZERO_DTYPE, IntegerFormat
 from bitwright.numerics.ste import straight_through
+from bitwright.schemes import Scheme
 from bitwright.train.lora import Adapter, LoraConfig, adapters_of, attach, select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -157,17 +158,21 @@ def fold_adapters(model: nn.Module) -> Mapping[str, QuantizedSite]:
 def _foldable(base: nn.Linear | QuantizedLinear) -> QuantizedLinear:
     if not isinstance(base, QuantizedLinear):
         raise RecipeError("group adapter: this layer is dense. Quantize it to W4A16-g64-floatzero, or use lora.")
-    weights = base.scheme.weights
-    kind = weights.granularity.kind
-    if not isinstance(weights.format, IntegerFormat) or not has_float_zero(weights.format):
+    require_foldable(base.scheme)
+    return base
+
+
+def require_foldable(scheme: Scheme) -> None:
+    """Raises RecipeError for a scheme without float zero points of rows, into which an adapter could fold."""
+    kind = scheme.weights.granularity.kind
+    if not isinstance(scheme.weights.format, IntegerFormat) or not has_float_zero(scheme.weights.format):
         raise RecipeError(
-            f"group adapter: scheme {base.scheme} has no float zero points to fold into. Use W4A16-g64-floatzero."
+            f"group adapter: scheme {scheme} has no float zero points to fold into. Use W4A16-g64-floatzero."
         )
     if kind not in ("group", "channel"):
         raise RecipeError(
-            f"group adapter: scheme {base.scheme} shares zero points between rows ({kind}). Use W4A16-g64-floatzero."
+            f"group adapter: scheme {scheme} shares zero points between rows ({kind}). Use W4A16-g64-floatzero."
         )
-    return base
 
 
 def _grid(site: QuantizedSite) -> Grid:

@@ -85,6 +85,6 @@ def _check_places(adapted: Iterable[str], skeleton: Skeleton) -> None:
     for name in adapted:
         if f"{name}.weight" not in skeleton.sources:
             raise CheckpointError(
-                f"{name}: its weight is another layer's too (tied), which would change with it. Leave this adapter out, "
-                "or untie the model."
+                f"{name}: its weight is another layer's too (tied), which would change with it. Leave its adapter "
+                "out, or untie the model."
             )
