@@ -15,6 +15,7 @@ import typer
 from bitwright.cli.advise_command import advise
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
 from bitwright.cli.diagnose_command import diagnose
+from bitwright.cli.merge_command import merge
 from bitwright.cli.report_command import report
 from bitwright.cli.search_command import search
 from bitwright.cli.sensitivity_command import sensitivity
@@ -339,7 +340,7 @@ def doctor(as_json: AsJson = False) -> None:
         show(doctor_table(found))
 
 
-for command in (sensitivity, search, advise, tasks, diagnose, report):
+for command in (sensitivity, search, advise, tasks, diagnose, merge, report):
     app.command()(command)
 app.add_typer(train, name="train")
 
