@@ -70,8 +70,8 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         "the baseline's loss in perplexity (and of its KL), and of the loss of the best baseline of the scheme in this "
         f"table. Seconds are of the whole run with the baseline. {c['note']}",
         "",
-        "| scheme | baseline | loss | rest trained | bits | perplexity before | after | recovered | of the best baseline "
-        "| KL before | after | recovered | seconds | peak MB |",
+        "| scheme | baseline | loss | rest trained | bits | perplexity before | after | recovered "
+        "| of the best baseline | KL before | after | recovered | seconds | peak MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
