@@ -65,8 +65,8 @@ def test_a_killed_adapter_run_goes_on_to_the_same_adapter(
     whole = train_adapter(tiny_llama_dir, task, tmp_path / "whole")
     killed(lambda progress: train_adapter(tiny_llama_dir, task, tmp_path / "killed", progress=progress), 3)
     found = train_adapter(tiny_llama_dir, task, tmp_path / "killed")
-    assert found.curve.losses == whole.curve.losses
-    assert len(whole.curve.losses) == 4
+    assert found.losses == whole.losses
+    assert len(whole.losses) == 4
     files = [folder / adapter_run.ADAPTER / "adapter_model.safetensors" for folder in (whole.run, found.run)]
     assert files[0].read_bytes() == files[1].read_bytes()
     kinds = [record["kind"] for record in read_jsonl(whole.run / "5-records.jsonl")]
@@ -111,7 +111,7 @@ def test_a_killed_qat_run_goes_on_to_the_same_codes(tiny_llama_dir: Path, text: 
     whole = train_quantized(tiny_llama_dir, task, tmp_path / "whole")
     killed(lambda progress: train_quantized(tiny_llama_dir, task, tmp_path / "killed", progress=progress), 3)
     found = train_quantized(tiny_llama_dir, task, tmp_path / "killed")
-    assert found.curve.losses == whole.curve.losses
+    assert found.losses == whole.losses
     for shard in sorted((whole.quantized / "4-model").glob("*.safetensors")):
         same = load_file(found.quantized / "4-model" / shard.name)
         assert all(torch.equal(tensor, same[name]) for name, tensor in load_file(shard).items())
@@ -120,11 +120,11 @@ def test_a_killed_qat_run_goes_on_to_the_same_codes(tiny_llama_dir: Path, text: 
     assert not torch.equal(original, trained), "the rest was to be trained as well"
 
 
-@pytest.mark.parametrize("top_k", [None, 8])
+@pytest.mark.parametrize("how", [{}, {"top_k": 8}, {"features": 0.5}], ids=str)
 def test_a_distilled_model_is_a_model_directory(
-    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, top_k: int | None
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, how: dict[str, Any]
 ) -> None:
-    task = DistillTask(teacher=str(tiny_llama_dir), text=text, training=options(), top_k=top_k)
+    task = DistillTask(teacher=str(tiny_llama_dir), text=text, training=options(), **how)
     found = distill_model(tiny_llama_dir, task, tmp_path / "run")
     assert set(open_checkpoint(found.run / "4-model").names) == set(open_checkpoint(tiny_llama_dir).names)
     assert found.results["kl_before"] == pytest.approx(0.0, abs=1e-6)
@@ -149,10 +149,25 @@ def test_another_configuration_does_not_go_on_with_a_run(
         train_adapter(tiny_llama_dir, other, tmp_path / "run")
 
 
+def test_memory_is_predicted_and_measured(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:
+    for scheme in (None, Scheme.parse("nf4-b16-dq")):
+        results = train_adapter(tiny_llama_dir, lora(text, scheme=scheme), tmp_path / str(scheme)).results
+        predicted, measured = results["predicted_memory"], results["memory"]
+        for part in ("weights", "scales", "adapters", "gradients", "optimizer"):
+            assert predicted[part] == measured[part], part
+
+
 def test_impossible_requests_are_refused(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(RecipeError, match="needs a --scheme"):
         lora(text, by_group=True)
+    with pytest.raises(RecipeError, match="Name a solver alone"):
+        QatTask(recipe=Recipe(transforms=("smoothquant",)), text=text)
+    with pytest.raises(RecipeError, match="CUDA_VISIBLE_DEVICES"):
+        train_adapter(tiny_llama_dir, lora(text, device="cuda:1"), out)
+    for wrong in ({"temperature": 0.0}, {"top_k": 0}, {"features": -1.0}, {"features": 1.0, "top_k": 4}):
+        with pytest.raises(RecipeError, match=next(iter(wrong))):
+            DistillTask(teacher="x", text=text, **wrong)
     with pytest.raises(RecipeError, match="one process sends no gradients"):
         train_adapter(tiny_llama_dir, lora(text, gradient_bits=8), out)
     with pytest.raises(RecipeError, match="bitwright train qat"):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +18,40 @@ from torch import Tensor, nn
 from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
 from bitwright.model.sites import modules_of
+from bitwright.model.stream import StreamedModel
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.nn.linear import QuantizedLinear
 from bitwright.pipeline import model_directory, quantize
-from bitwright.preparation import DTYPES, model_sites, open_model
+from bitwright.preparation import DTYPES, decide, model_sites, open_model
 from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Calibration, Recipe
 from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
+from bitwright.search.model_shape import shape_of_model
 from bitwright.train.adapter_files import base_hash, save_adapters
-from bitwright.train.engine import Curve, fit, require_packages
+from bitwright.train.engine import fit, require_packages
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.group_adapter import add_group_adapters, fold_adapters, require_foldable
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, add_adapters, select, trainable_ledger
 from bitwright.train.low_rank_start import start_at_error
-from bitwright.train.memory_ledger import measure_memory
+from bitwright.train.memory_ledger import Batch, MemoryLedger, predict_memory
 from bitwright.train.options import TrainingOptions
 from bitwright.train.processes import Processes
-from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
+from bitwright.training_run import (
+    BASE,
+    TRAINING,
+    UNGATED,
+    TrainingResult,
+    carry_out,
+    load_in_memory,
+    task_identity,
+    write_training_records,
+)
 from bitwright.training_text import TrainingText
 
-BASE, ADAPTER, SITES = "0-base", "4-adapter", "4-sites"
+ADAPTER, SITES = "4-adapter", "4-sites"
 GROUP_ADAPTERS = "adapters.safetensors"
 """In the folder of given sites: <layer>.lora_a [r, G] and <layer>.lora_b [O, r]."""
 
@@ -83,15 +93,6 @@ class AdapterTask:
             raise RecipeError(f"--dtype {self.dtype}: unknown. Use {', '.join(DTYPES)}.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterResult:
-    """A finished training: its run directory, headline figures and curve."""
-
-    run: Path
-    results: dict[str, Any]
-    curve: Curve
-
-
 def train_adapter(
     model: str | Path,
     task: AdapterTask,
@@ -100,7 +101,7 @@ def train_adapter(
     fresh: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
-) -> AdapterResult:
+) -> TrainingResult:
     """Fine-tune a model with adapters into a run directory; the same call goes on with an interrupted run.
 
     Raises:
@@ -108,47 +109,67 @@ def train_adapter(
     """
     require_packages(task.training)
     run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
-    run.check_place()
+    if processes.is_main:
+        run.check_place()
+    processes.wait()
     streamed = open_model(model_directory(model), device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     checkpoint = streamed.skeleton.checkpoint
     select(streamed.skeleton.model, task.lora.targets)
     windows, heldout = task.text.draw(checkpoint.path, trust_remote_code=trust_remote_code)
     model_hash = checkpoint.audit()
     data_hash = hash_tokens(torch.cat([windows, heldout]))
-    asked = {"model": str(model), "model_hash": model_hash, "data_hash": data_hash, "task": _plain(task)}
+    asked = {"model": str(model), "model_hash": model_hash, "data_hash": data_hash, "task": task_identity(task)}
 
     def work() -> None:
-        _train(checkpoint.path, task, run, windows, heldout, processes, trust_remote_code, progress)
+        _train(streamed, task, run, windows, heldout, processes, trust_remote_code, progress)
 
     results = carry_out(run, asked, work, processes, fresh=fresh)
-    return AdapterResult(run=run.path, results=results, curve=Curve(losses=tuple(results["losses"]), resumed_at=0))
+    return TrainingResult(run=run.path, results=results)
 
 
-def load_base(
-    model: Path, task: AdapterTask, folder: Path, *, trust_remote_code: bool, progress: Progress = no_progress
-) -> nn.Module:
-    """Load what is adapted: the model itself, or a copy of it quantized into `folder`."""
+def base_recipe(task: AdapterTask) -> Recipe:
+    """How the base is quantized: to the nearest level, into the layout that loads as layers which stay packed."""
+    assert task.scheme is not None
+    return Recipe(
+        scheme=task.scheme, method="rtn", layout="bitwright", max_kl=UNGATED,
+        calibration=Calibration(seqlen=task.text.seqlen),
+    )  # fmt: skip
+
+
+def load_base(model: Path, task: AdapterTask, folder: Path, *, trust_remote_code: bool) -> nn.Module:
+    """Load what is adapted: the model itself, or its quantized copy in `folder`."""
+    source = model if task.scheme is None else RunDirectory(folder).model
+    return load_in_memory(source, task.device, DTYPES[task.dtype], trust_remote_code=trust_remote_code)
+
+
+def _predicted(streamed: StreamedModel, task: AdapterTask) -> MemoryLedger:
+    """What training will hold, before anything is loaded."""
+    shape, dtype = shape_of_model(streamed), DTYPES[task.dtype]
+    schemes: dict[str, Scheme | None] = {}
     if task.scheme is not None:
-        # Only bitwright's own layout loads as layers that stay packed.
-        recipe = Recipe(
-            scheme=task.scheme, method="rtn", layout="bitwright", max_kl=float("1e9"),
-            calibration=Calibration(seqlen=task.text.seqlen),
-        )  # fmt: skip
-        run = quantize(model, recipe, folder, trust_remote_code=trust_remote_code, progress=progress)
-        model = RunDirectory(run.run).model
-    return load_in_memory(model, task.device, DTYPES[task.dtype], trust_remote_code=trust_remote_code)
+        plan = decide(streamed, base_recipe(task)).plan
+        schemes = {name: entry.effective for name, entry in plan.sites.items()}
+    dense = {name: stored if schemes.get(name) else dtype for name, stored in shape.site_dtypes.items()}
+    kept = tuple(replace(tensor, dtype=dtype) for tensor in shape.kept)
+    batch = Batch(num_sequences=task.training.batch, seqlen=task.text.seqlen, checkpointing=task.training.checkpointing)
+    return predict_memory(
+        replace(shape, kept=kept, site_dtypes=dense), schemes, task.lora, batch, by_group=task.by_group
+    )
 
 
 def _train(
-    model: Path, task: AdapterTask, run: RunDirectory, windows: Tensor, heldout: Tensor, processes: Processes,
-    trust_remote_code: bool, progress: Progress,
+    streamed: StreamedModel, task: AdapterTask, run: RunDirectory, windows: Tensor, heldout: Tensor,
+    processes: Processes, trust_remote_code: bool, progress: Progress,
 ) -> None:  # fmt: skip
     begun, memory = time.perf_counter(), PeakMemory()
-    task = replace(task, device=processes.device)
+    model, task = streamed.skeleton.checkpoint.path, replace(task, device=processes.device)
     if processes.is_main and task.scheme is not None:
-        load_base(model, task, run.path / BASE, trust_remote_code=trust_remote_code, progress=progress)
+        quantize(
+            model, base_recipe(task), run.path / BASE, device=task.device, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
     processes.wait()
-    loaded = load_base(model, task, run.path / BASE, trust_remote_code=trust_remote_code, progress=progress)
+    loaded = load_base(model, task, run.path / BASE, trust_remote_code=trust_remote_code)
     torch.manual_seed(task.training.seed)  # adapters start at random
     adapters: Mapping[str, Adapter] = (
         add_group_adapters(loaded, task.lora) if task.by_group else add_adapters(loaded, task.lora)
@@ -161,7 +182,7 @@ def _train(
     if not processes.is_main:
         return
     after = score_in_memory(loaded, heldout)
-    ledger, sizes = trainable_ledger(loaded), measure_memory(loaded)
+    ledger = trainable_ledger(loaded)
     if task.by_group:
         _leave_folded(loaded, run.path / SITES)
     else:
@@ -176,7 +197,9 @@ def _train(
         "heldout_tokens": after.num_tokens,
         "trainable": ledger.total.num_trainable,
         "parameters": ledger.total.num_total,
-        "memory": asdict(sizes),
+        "memory": curve.memory,
+        "predicted_memory": asdict(_predicted(streamed, task)),
+        "gradient_share": processes.gradient_share,
         "peak_memory_bytes": memory.since_bytes,
         "seconds": time.perf_counter() - begun,
         "losses": list(curve.losses),
@@ -207,9 +230,3 @@ def _start_at_error(adapters: Mapping[str, Adapter], model: Path, trust_remote_c
             for name, adapter in adapters.items():
                 if name.startswith(streamed.block_names[block] + ".") and isinstance(adapter, LoraLinear):
                     start_at_error(adapter, streamed.skeleton.model.get_parameter(parameters[name]).detach())
-
-
-def _plain(task: AdapterTask) -> dict[str, Any]:
-    mapping = asdict(task)
-    mapping["scheme"] = None if task.scheme is None else str(task.scheme)
-    return mapping

@@ -3,28 +3,36 @@
 The run directory has, beside run.json and 5-records.jsonl, 4-model/: a model directory like the student's.
 """
 
+import math
+import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.adapter_run import AdapterResult
 from bitwright.data.windows import hash_tokens
-from bitwright.errors import CheckpointError
+from bitwright.errors import CheckpointError, RecipeError
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
 from bitwright.preparation import open_model, vocabulary_size
 from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
 from bitwright.runs import RunDirectory
-from bitwright.train.distillation import distillation_loss, kl_loss, teacher_targets
-from bitwright.train.engine import Curve, fit, require_packages
+from bitwright.train.distillation import distillation_loss, teacher_targets, towards
+from bitwright.train.engine import fit, require_packages
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.options import Objective, TrainingOptions
 from bitwright.train.processes import Processes
-from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
+from bitwright.training_run import (
+    TRAINING,
+    TrainingResult,
+    carry_out,
+    load_in_memory,
+    task_identity,
+    write_training_records,
+)
 from bitwright.training_text import TrainingText
 
 TARGETS = "targets"
@@ -40,6 +48,7 @@ class DistillTask:
         training: how long and how fast.
         temperature: of both distributions.
         top_k: keep so many of the teacher's logits per token on disk; None runs the teacher at every step.
+        features: weight of the distance between hidden states of the same depth; 0 for none.
         device: where to train.
         gradient_bits: of gradients between processes; None for dense ones.
     """
@@ -49,8 +58,19 @@ class DistillTask:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     temperature: float = 1.0
     top_k: int | None = None
+    features: float = 0.0
     device: str = "cpu"
     gradient_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise RecipeError(f"temperature must be a finite number above 0, got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise RecipeError(f"top_k must be at least 1, got {self.top_k}.")
+        if not (self.features >= 0 and math.isfinite(self.features)):
+            raise RecipeError(f"features must be a finite number, at least 0, got {self.features}.")
+        if self.features and self.top_k is not None:
+            raise RecipeError("features need the teacher itself. Leave --top-k or --features out.")
 
 
 def distill_model(
@@ -61,7 +81,7 @@ def distill_model(
     fresh: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
-) -> AdapterResult:
+) -> TrainingResult:
     """Train a model towards a teacher into a run directory; the same call goes on with an interrupted run.
 
     Raises:
@@ -70,21 +90,23 @@ def distill_model(
     """
     require_packages(task.training)
     run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
-    run.check_place()
+    if processes.is_main:
+        run.check_place()
+    processes.wait()
     student, teacher = open_checkpoint(model), open_checkpoint(task.teacher)
     _require_alike(model, task, student, trust_remote_code)
     windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
     data_hash = hash_tokens(torch.cat([windows, heldout]))
     asked = {
         "model": str(model), "model_hash": student.audit(), "teacher_hash": teacher.audit(), "data_hash": data_hash,
-        "task": asdict(task),
+        "task": task_identity(task),
     }  # fmt: skip
 
     def work() -> None:
         _train(student, teacher, task, run, windows, heldout, processes, trust_remote_code, progress)
 
     results = carry_out(run, asked, work, processes, fresh=fresh)
-    return AdapterResult(run=run.path, results=results, curve=Curve(losses=tuple(results["losses"]), resumed_at=0))
+    return TrainingResult(run=run.path, results=results)
 
 
 def _train(
@@ -107,6 +129,7 @@ def _train(
         return
     after = score_in_memory(student, heldout, reference=teacher)
     streamed = open_model(source.path, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
+    shutil.rmtree(run.model, ignore_errors=True)  # of a start that was killed after writing it
     write_dense_copy(streamed.skeleton, {n: p.detach().cpu() for n, p in student.named_parameters()}, run.model)
     results = {
         "kind": "distill",
@@ -117,6 +140,8 @@ def _train(
         "kl_before": before.kl_mean,
         "kl_mean": after.kl_mean,
         "heldout_tokens": after.num_tokens,
+        "memory": curve.memory,
+        "gradient_share": processes.gradient_share,
         "peak_memory_bytes": memory.since_bytes,
         "seconds": time.perf_counter() - begun,
         "losses": list(curve.losses),
@@ -130,13 +155,7 @@ def _objective(
 ) -> Objective:
     """The loss, from logits kept on disk or from the teacher itself."""
     if task.top_k is None:
-
-        def live(model: nn.Module, ids: Tensor, _index: Tensor) -> Tensor:
-            with torch.no_grad():
-                wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-            return kl_loss(model(input_ids=ids, use_cache=False).logits[:, :-1], wanted, task.temperature)
-
-        return live
+        return towards(teacher, task.temperature, features=task.features)
     if processes.is_main:
         teacher_targets(teacher, windows, folder, task.top_k, progress, temperatures=(task.temperature,))
     processes.wait()

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitwright.calibration.collect import SiteStats
-from bitwright.errors import SingularHessian, VerificationError
+from bitwright.errors import CheckpointError, SingularHessian, VerificationError
 from bitwright.methods.repairs import REPAIRS
 from bitwright.methods.solvers import SOLVERS, TRAINED_ELSEWHERE, Problem
 from bitwright.methods.stage import BlockStage, BlockTask
@@ -176,6 +176,10 @@ class GroupSolver:
         """Put a given site into the block and describe it."""
         assert self.given is not None
         entry, quantized = self.plan.sites[site.name], self.given.read(site.name).to(self.skeleton.device)
+        if self.given.schemes[site.name] != entry.effective:
+            raise CheckpointError(
+                f"{site.name}: was trained as {self.given.schemes[site.name]}, not as {entry.effective}."
+            )
         weight, dtype = stage.weight(site), self._stored_dtype(site)
         start = _Start(
             stack=[site], entry=entry, method=TRAINED_ELSEWHERE, reason=entry.reason, weight=weight,
@@ -190,6 +194,8 @@ class GroupSolver:
     ) -> tuple[Site, QuantizedSite, SiteResult]:
         """Make the site of its codes, repair it, put it into the block and describe it."""
         weight = start.weight[rows]
+        if result.outliers is not None:  # apart from the codes, but part of what these and the outliers stand for
+            weight = result.outliers.add_to(weight.clone())
         quantized = QuantizedSite(
             weight=result,
             inputs=self.input_quantizer(site, start.stats),

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bitwright.adapter_run import ADAPTER, BASE, GROUP_ADAPTERS, SITES
+from bitwright.adapter_run import ADAPTER, GROUP_ADAPTERS, SITES
 from bitwright.data.overlap import require_disjoint
 from bitwright.data.windows import hash_tokens
 from bitwright.errors import CheckpointError, DataError, RecipeError, RunError
@@ -49,12 +49,11 @@ from bitwright.train.adapter_files import CONFIG, base_hash, load_adapters, read
 from bitwright.train.group_adapter import add_group_adapters
 from bitwright.train.lora import LoraConfig
 from bitwright.train.merged_weights import onto_base, onto_original
-from bitwright.training_run import load_in_memory
+from bitwright.training_run import BASE, UNGATED, load_in_memory
 from bitwright.training_text import TrainingText
 
 RECORD = "merge.json"
 """In the model directory of a dense merge: the record that a run has among its records."""
-UNGATED = 1e9
 """A fold is judged against the adapter, not against the original, from which training was meant to move away."""
 How = Literal["dense", "requantize", "fold"]
 Into = Literal["base", "original"]

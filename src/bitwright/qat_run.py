@@ -3,21 +3,18 @@
 The run directory has, beside run.json and 5-records.jsonl:
     0-base/       what post-training quantization makes of the same recipe, a run of its own: where training starts
     4-quantized/  the trained codes, a run of its own, which evaluates, exports and reports like any other
-
-Without a scheme the model itself is trained towards a teacher (distillation), and 4-dense/ is what comes out.
 """
 
 import math
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.adapter_run import BASE
 from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
@@ -31,7 +28,7 @@ from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl, read_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
-from bitwright.train.distillation import kl_loss
+from bitwright.train.distillation import towards
 from bitwright.train.engine import Curve, fit, next_token_loss, require_packages
 from bitwright.train.fake_inputs import add_fake_cache
 from bitwright.train.given_sites import write_given_sites
@@ -39,7 +36,15 @@ from bitwright.train.heldout import score_in_memory
 from bitwright.train.options import Objective, TrainingOptions
 from bitwright.train.processes import Processes
 from bitwright.train.qat import QatOptions, convert, freeze_grids, grid_parameters, prepare
-from bitwright.training_run import TRAINING, carry_out, load_in_memory, write_training_records
+from bitwright.training_run import (
+    BASE,
+    TRAINING,
+    TrainingResult,
+    carry_out,
+    load_in_memory,
+    task_identity,
+    write_training_records,
+)
 from bitwright.training_text import TrainingText
 
 QUANTIZED, SITES, DENSE = "4-quantized", "sites", "dense"
@@ -62,6 +67,7 @@ class QatTask:
         grid_rate: factor on the learning rate for scales and zero points.
         train_rest: also train embeddings, norms and whatever else stays in 16 bit.
         cache_bits: also quantize the KV cache in training, to so many bits; None for not.
+        cache_group: tokens (keys) or channels (values) that share a scale there.
         device: where to train.
         gradient_bits: of gradients between processes; None for dense ones.
     """
@@ -81,6 +87,11 @@ class QatTask:
     gradient_bits: int | None = None
 
     def __post_init__(self) -> None:
+        if self.recipe.transforms or self.recipe.repairs:
+            raise RecipeError(
+                "train qat: starts from the model's own weights, which transforms and repairs change. "
+                "Name a solver alone."
+            )
         for name in ("temperature", "grid_rate"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -88,13 +99,10 @@ class QatTask:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QatResult:
-    """A finished training: its directory, the run of its codes, headline figures, curve, and why it failed its gate."""
+class QatResult(TrainingResult):
+    """A finished training, the run of its codes, and why it failed its gate."""
 
-    run: Path
     quantized: Path
-    results: dict[str, Any]
-    curve: Curve
     failure: str | None
 
 
@@ -114,7 +122,9 @@ def train_quantized(
     """
     require_packages(task.training)
     run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
-    run.check_place()
+    if processes.is_main:
+        run.check_place()
+    processes.wait()
     windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
     recipe = task.text.calibrate(task.recipe, model, trust_remote_code=trust_remote_code)
     streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
@@ -122,7 +132,7 @@ def train_quantized(
     data_hash = hash_tokens(torch.cat([windows, heldout]))
     asked = {
         "model": str(model), "model_hash": streamed.skeleton.checkpoint.audit(), "data_hash": data_hash,
-        "recipe": recipe.to_mapping(), "task": _plain(task),
+        "recipe": recipe.to_mapping(), "task": task_identity(replace(task, recipe=Recipe())),
     }  # fmt: skip
 
     def work() -> None:
@@ -131,10 +141,7 @@ def train_quantized(
     results = carry_out(run, asked, work, processes, fresh=fresh)
     info = run.info
     assert info is not None
-    return QatResult(
-        run=run.path, quantized=run.path / QUANTIZED, results=results,
-        curve=Curve(losses=tuple(results["losses"]), resumed_at=0), failure=info.get("failure"),
-    )  # fmt: skip
+    return QatResult(run=run.path, results=results, quantized=run.path / QUANTIZED, failure=info.get("failure"))
 
 
 class _Work:
@@ -158,7 +165,6 @@ class _Work:
         if self.processes.is_main:
             self._quantize(self.recipe, self.run.path / BASE, None)
         self.processes.wait()
-        base = self._quantize(self.recipe, self.run.path / BASE, None)  # finished: only read
         teacher = load_in_memory(
             open_checkpoint(self.source).path, self.processes.device, torch.float32,
             trust_remote_code=self.trust_remote_code,
@@ -189,17 +195,20 @@ class _Work:
             "perplexity_stderr": after.perplexity_stderr,
             "kl_before": before.kl_mean,
             "kl_mean": after.kl_mean,
-            "gate_kl_before": base["kl_mean"],
+            "gate_kl_before": _results_of(self.run.path / BASE)["kl_mean"],
             "gate_kl": quantized["kl_mean"],
             "heldout_tokens": after.num_tokens,
             "bits_per_weight": quantized["bits_per_weight"],
+            "memory": curve.memory,
+            "gradient_share": self.processes.gradient_share,
             "peak_memory_bytes": memory.since_bytes,
             "seconds": time.perf_counter() - begun,
             "losses": list(curve.losses),
         }
         write_training_records(self.run, results)
         inner = RunDirectory(self.run.path / QUANTIZED)
-        append_jsonl(inner.records, *(r for r in read_jsonl(self.run.records) if r["kind"] != "environment"))
+        if not any(record["kind"] == "training" for record in read_jsonl(inner.records)):
+            append_jsonl(inner.records, *(r for r in read_jsonl(self.run.records) if r["kind"] != "environment"))
         info = inner.info
         assert info is not None
         self.run.finish(results, failure=info.get("failure"))
@@ -249,16 +258,7 @@ class _Work:
         )  # fmt: skip
 
     def _objective(self, teacher: nn.Module) -> Objective:
-        if self.task.loss == "cross_entropy":
-            return next_token_loss
-
-        def towards_teacher(model: nn.Module, ids: Tensor, _index: Tensor) -> Tensor:
-            with torch.no_grad():
-                wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-            found = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            return kl_loss(found, wanted, self.task.temperature)
-
-        return towards_teacher
+        return next_token_loss if self.task.loss == "cross_entropy" else towards(teacher, self.task.temperature)
 
     def _leave(self, student: nn.Module) -> Trained:
         """Write the trained codes and the dense rest; a resumed run writes the same again."""
@@ -271,5 +271,7 @@ class _Work:
         return Trained(model=dense, sites=sites)
 
 
-def _plain(task: QatTask) -> dict[str, Any]:
-    return {key: value for key, value in asdict(replace(task, recipe=Recipe())).items() if key != "recipe"}
+def _results_of(run: Path) -> dict[str, Any]:
+    info = RunDirectory(run).info
+    assert info is not None
+    return info["results"]

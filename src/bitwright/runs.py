@@ -158,7 +158,6 @@ class RunDirectory:
         write_json_atomic(self._journal_file, entry)
 
     def release(self) -> None:
-        """Give the lock back."""
         """Let other processes use the folder."""
         if self._lock is not None:
             self._lock.close()

@@ -3,7 +3,9 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +15,35 @@ from transformers import AutoModelForCausalLM
 
 from bitwright.records import Environment, append_jsonl
 from bitwright.runs import RunDirectory
+from bitwright.schemes import Scheme
+from bitwright.train.packed_base import adopt_layers, is_from_bitsandbytes
 from bitwright.train.processes import Processes
 
-TRAINING, LOSSES = "training", "losses.jsonl"
+TRAINING, LOSSES, BASE = "training", "losses.jsonl", "0-base"
+UNGATED = 1e9
+"""A gate, in nats per token, for runs that are judged otherwise."""
+PACKAGES = ("bitwright", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """A finished training: its run directory, headline figures and the loss of every step."""
+
+    run: Path
+    results: dict[str, Any]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """In nats per token, or what the objective is."""
+        return tuple(self.results["losses"])
+
+
+def task_identity(task: Any) -> dict[str, Any]:
+    """A task as plain data, less what changes nothing in the result."""
+    mapping = asdict(task)
+    for name in ("save_every", "tensorboard"):
+        del mapping["training"][name]
+    return {name: str(value) if isinstance(value, Scheme) else value for name, value in mapping.items()}
 
 
 def carry_out(
@@ -31,17 +59,20 @@ def carry_out(
     Raises:
         RunError: the folder belongs to another run.
     """
+    asked = {**asked, "processes": processes.count, "versions": {name: metadata.version(name) for name in PACKAGES}}
     fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     run.check(fingerprint, fresh=fresh)
     if fresh or not run.is_complete:
         processes.wait()  # until all have seen that it is not finished
         try:
             if processes.is_main:
-                run.start(fingerprint, dict(asked), fresh=fresh)
+                run.start(fingerprint, asked, fresh=fresh)
                 run.commit({"training": True})
             processes.wait()
             work()
             processes.wait()
+            with suppress(OSError):
+                run.model.rmdir()  # empty, where the result is not a model
         finally:
             run.release()
     info = run.info
@@ -51,7 +82,10 @@ def carry_out(
 
 def load_in_memory(model: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
     """Load a whole model, as training needs it."""
+    adopts = is_from_bitsandbytes(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    if adopts:
+        adopt_layers(cast(nn.Module, loaded))
     return cast(nn.Module, cast(Any, loaded).to(device))
 
 

@@ -143,6 +143,7 @@ def distill(
     top_k: Annotated[
         int | None, typer.Option(help="Keep so many of the teacher's logits per token on disk; runs it unless given.")
     ] = None,
+    features: Annotated[float, typer.Option(help="Weight of the distance between hidden states.")] = 0.0,
     heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = 300, batch: Batch = 8,
     accumulation: Accumulation = 1, learning_rate: Rate = 1e-4, weight_decay: Decay = 0.0,
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
@@ -155,7 +156,7 @@ def distill(
     given = dict(locals())
     task = DistillTask(
         teacher=teacher, text=_text(given), training=_options(given), temperature=temperature, top_k=top_k,
-        device=device, gradient_bits=gradient_bits,
+        features=features, device=device, gradient_bits=gradient_bits,
     )  # fmt: skip
     with ProgressBars(quiet=quiet or as_json) as progress:
         found = distill_model(model, task, out, fresh=fresh, trust_remote_code=trust_remote_code, progress=progress)

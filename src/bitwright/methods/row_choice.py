@@ -7,6 +7,7 @@ trying costs a sweep each, a small part of what a block takes.
 Legend: O out features, I in features.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ def best_rows(target: Tensor, hessian: Tensor, results: Sequence[QTensor]) -> QT
             floats.
     """
     losses = torch.stack([_row_losses(target - result.dequantize(target.dtype), hessian) for result in results])
-    choice = losses.argmin(0)
+    choice = losses.nan_to_num(math.inf).argmin(0)
     grids = [result.grid for result in results if isinstance(result.grid, Grid)]
     zero_points = [grid.zero_point for grid in grids if grid.zero_point is not None]
     grid = replace(

@@ -30,6 +30,7 @@ from bitwright.errors import CheckpointError, DataError, RecipeError, ShapeError
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.progress import Progress, no_progress
 from bitwright.records import write_json_atomic
+from bitwright.train.options import Objective
 
 INDEX = "targets.json"
 SHARD_WINDOWS = 16
@@ -189,6 +190,26 @@ def kl_loss(
     student = (_wide(student_logits) / temperature).log_softmax(-1)
     teacher = (_wide(teacher_logits.detach()) / temperature).log_softmax(-1)
     return _mean(_divergence(teacher, student), mask) * temperature**2
+
+
+def towards(teacher: nn.Module, temperature: float, *, features: float = 0.0) -> Objective:
+    """Return the objective of following a teacher that runs beside the student.
+
+    Args:
+        teacher: in memory, without gradients.
+        temperature: of both distributions.
+        features: weight of `feature_loss` over the hidden states of all depths; needs as many and as wide ones.
+    """
+    hidden = features > 0
+
+    def objective(model: nn.Module, ids: Tensor, _index: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+        found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+        loss = kl_loss(found.logits[:, :-1], wanted.logits[:, :-1], temperature)
+        return loss + features * feature_loss(found.hidden_states, wanted.hidden_states) if hidden else loss
+
+    return objective
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

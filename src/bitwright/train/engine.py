@@ -3,6 +3,7 @@
 Folder of a training:
     checkpoints/checkpoint-<step>/   trainable.safetensors and the Trainer's own state; the last two are kept
     losses.jsonl                     one line per step
+    memory.json                      bytes by purpose, after the first step
 
 A checkpoint counts once `trainer_state.json` is in it, which the Trainer writes last. Lines of steps after the one that
 training goes on from are dropped, so that a killed and resumed training leaves the same curve.
@@ -13,7 +14,8 @@ Shapes: N windows, B windows per batch, T tokens.
 import json
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +25,11 @@ from torch import Tensor, nn
 from bitwright.data.windows import hash_tokens
 from bitwright.errors import DataError, MissingDependency
 from bitwright.progress import Progress, no_progress
-from bitwright.records import read_jsonl, write_text_atomic
+from bitwright.records import read_jsonl, write_json_atomic, write_text_atomic
+from bitwright.train.memory_ledger import measure_memory
 from bitwright.train.options import Objective, TrainingOptions
+
+MEMORY = "memory.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +39,12 @@ class Curve:
     Attributes:
         losses: of every step, in nats per token or what the objective is.
         resumed_at: steps that an earlier, interrupted start had done.
+        memory: bytes by purpose (`MemoryLedger`), after the first step.
     """
 
     losses: tuple[float, ...]
     resumed_at: int
+    memory: dict[str, int]
 
 
 def next_token_loss(model: nn.Module, ids: Tensor, _index: Tensor) -> Tensor:
@@ -90,16 +97,26 @@ def fit(
     state: dict[str, Tensor] = {**trained, **{name: model.get_buffer(name) for name in buffers}}
     loop = Loop(
         folder=folder, state=state, objective=objective, rate=rate, after_step=after_step, wrapped=wrapped,
-        progress=progress,
+        measure=partial(_measure, folder / MEMORY), progress=progress,
     )  # fmt: skip
     engine = Engine(model, windows, options, loop)
     _require_same_data(engine, windows)
     progress("train", done, options.steps)
     if done < options.steps:
         engine.train(resume_from_checkpoint=None if last is None else str(last))
+        # accelerate leaves its autocast around `forward`: what is measured later is the model, not its training.
+        engine.accelerator.unwrap_model(cast(Any, engine.model), keep_fp32_wrapper=False)
     elif last is not None:
         engine.restore(last)
-    return Curve(losses=tuple(float(entry["loss"]) for entry in read_jsonl(losses)), resumed_at=done)
+    return Curve(
+        losses=tuple(float(entry["loss"]) for entry in read_jsonl(losses)), resumed_at=done,
+        memory=json.loads((folder / MEMORY).read_text(encoding="utf-8")),
+    )  # fmt: skip
+
+
+def _measure(file: Path, model: nn.Module, optimizer: Any) -> None:
+    if not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
+        write_json_atomic(file, asdict(measure_memory(model, getattr(optimizer, "optimizer", optimizer))))
 
 
 def require_packages(options: TrainingOptions) -> None:

@@ -1,6 +1,7 @@
 """Several processes that train one model, as torchrun starts them: one of them writes, the others wait for it."""
 
 import os
+from datetime import timedelta
 from typing import Any, cast
 
 from torch import nn
@@ -20,7 +21,7 @@ class Processes:
     Attributes:
         traffic: what quantized gradients have sent; None before the first step, and for dense ones.
     Raises:
-        RecipeError: quantized gradients of one process.
+        RecipeError: quantized gradients of one process, or a GPU that is not the first.
     """
 
     def __init__(self, device: str, gradient_bits: int | None = None) -> None:
@@ -28,14 +29,22 @@ class Processes:
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         if gradient_bits is not None and self.count == 1:
             raise RecipeError("--gradient-bits: one process sends no gradients. Start several with torchrun.")
+        if device.startswith("cuda:") and device != "cuda:0":
+            raise RecipeError(f"--device {device}: training takes the first GPU. Choose it by CUDA_VISIBLE_DEVICES.")
         self._gradients = None if gradient_bits is None else GradientOptions(bits=gradient_bits)
         self.traffic: GradientTraffic | None = None
         self._state: Any = None
         if self.count > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=device == "cpu")
+            # Others wait while the main process quantizes, which may take hours.
+            self._state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
         self.device = device if self._state is None else str(self._state.device)
+
+    @property
+    def gradient_share(self) -> float | None:
+        """Bytes that quantized gradients have sent, of those that dense ones would have; None without."""
+        return None if self.traffic is None else self.traffic.share
 
     def wait(self) -> None:
         """Until all processes have come as far."""

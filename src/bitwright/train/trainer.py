@@ -3,6 +3,7 @@
 Apart from the rest because importing the Trainer takes long, and needs accelerate.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Loop:
     rate: Callable[[str], float]
     after_step: Callable[[int], None]
     wrapped: Callable[[nn.Module], None]
+    measure: Callable[[nn.Module, Any], None]
     progress: Progress
 
 
@@ -45,9 +47,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = [
         path
         for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if (path / STATE).is_file() and (path / TRAINABLE).is_file()
+        if (path / TRAINABLE).is_file() and _is_json(path / STATE)
     ]
     return max(found, key=step_of, default=None)
+
+
+def _is_json(file: Path) -> bool:
+    """Whether a file was written to its end."""
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -79,6 +90,10 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Bring back what changes on the way."""
         self.loop.after_step(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Measure, while gradients are there."""
+        self.loop.measure(given["model"], given["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Tell how far it has come."""
@@ -151,7 +166,7 @@ class Engine(Trainer):
 
 
 def _arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch,
@@ -172,6 +187,10 @@ def _arguments(options: TrainingOptions, folder: Path, device: torch.device) -> 
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=True,  # grids that are frozen on the way have no gradient
         use_cpu=device.type == "cpu",
         seed=options.seed,
     )
+    # One process, one GPU: otherwise the Trainer splits batches itself. There is no public way to say so.
+    cast(Any, arguments)._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
