@@ -18,11 +18,13 @@ from result_files import Row, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
-    "W4A16:gptaq:kl", "W4A16:gptaq:kl:rest", "W4A8:gptaq:kl:rest", "W4A16-g128:gptaq:kl:rest", "W3A16-g64:block_ap:kl",
+    "W4A16:gptaq:kl", "W4A16:gptaq:cross_entropy", "W4A8:gptaq:kl", "W4A16-g128:gptaq:kl", "W3A16-g64:block_ap:kl",
     "W3A16-g64:block_ap:kl:rest", "W2A16-g64:block_ap:kl:rest", "W2A16-g64:gptaq:kl:rest",
     "W2A16-g64:block_ap:cross_entropy:rest", "ternary-g64:gptq:kl:rest",
 )  # fmt: skip
 """scheme:method:loss, and `rest` where embeddings and norms are trained as well."""
+RATE_BY_BITS = {4: 0.2, 3: 1.0, 2: 2.0}
+"""Factor on the learning rate: coarse levels need longer ways, and at 4 bits there is little to gain and much to lose."""
 
 
 def measure(args: argparse.Namespace, row: str) -> Row | None:
@@ -40,9 +42,11 @@ def measure(args: argparse.Namespace, row: str) -> Row | None:
     out = args.work / row.replace(":", "-")
     if args.known and not (out.is_dir() and RunDirectory(out).is_complete):
         return None
-    rate = args.learning_rate if scheme[1] in "34" and scheme[0] == "W" else 2 * args.learning_rate
+    parsed = Scheme.parse(scheme)
+    bits = getattr(parsed.weights.format, "bits", 2)
+    rate = args.learning_rate * RATE_BY_BITS[bits]
     task = QatTask(
-        recipe=Recipe(scheme=Scheme.parse(scheme), method=method, max_kl=100.0),
+        recipe=Recipe(scheme=parsed, method=method, max_kl=100.0),
         text=TrainingText(data=args.data, heldout=args.heldout, seqlen=args.seqlen, windows=args.windows),
         training=TrainingOptions(steps=args.steps, batch=args.batch, learning_rate=rate),
         qat=QatOptions(freeze_after=0.8),

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.errors import RunError
+from bitwright.exporters.bitsandbytes_directory import verify_with_bitsandbytes, write_bitsandbytes
 from bitwright.exporters.own_directory import verify_with_plugin
 from bitwright.exporters.transformers_directory import copy_directory, verify_with_transformers
-from bitwright.model.layouts import own
+from bitwright.model.layouts import bitsandbytes, own
 from bitwright.model.layouts.stored import COMPRESSED_TENSORS
 from bitwright.registry import Registry
 
@@ -42,3 +43,6 @@ EXPORTERS.register(
     COMPRESSED_TENSORS, Exporter(layout=COMPRESSED_TENSORS, write=copy_directory, verify=verify_with_transformers)
 )
 EXPORTERS.register(own.NAME, Exporter(layout=own.NAME, write=copy_directory, verify=verify_with_plugin))
+EXPORTERS.register(
+    bitsandbytes.NAME, Exporter(layout=own.NAME, write=write_bitsandbytes, verify=verify_with_bitsandbytes)
+)

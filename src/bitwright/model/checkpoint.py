@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitwright.errors import CheckpointError
-from bitwright.model.layouts.stored import StoredQuantization, from_config, module_of
+from bitwright.model.layouts.stored import SAYS_SHAPE, StoredQuantization, from_config, module_of
 from bitwright.numerics.inputs import QuantizedSite
 
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -87,7 +87,7 @@ class Checkpoint:
         if self._quantization is None or name not in self._parts:
             return self.stored[name].shape
         shapes = {_leaf(part): self.stored[part].shape for part in self._parts[name]}
-        says_shape = [part for part in self._parts[name] if part.endswith("weight_shape")]
+        says_shape = [part for part in self._parts[name] if part.endswith(SAYS_SHAPE)]
         small = {_leaf(part): tensor for part, tensor in self.read_stored(says_shape).items()}
         return self._quantization.shape(name, shapes, small)
 

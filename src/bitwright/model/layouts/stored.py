@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from bitwright.errors import BitwrightError, CheckpointError
-from bitwright.model.layouts import compressed_tensors, own
+from bitwright.model.layouts import bitsandbytes, compressed_tensors, own
 from bitwright.numerics.inputs import QuantizedSite
 from bitwright.schemes import Scheme
 
@@ -20,6 +20,8 @@ CT_PARTS = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight",
     "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
+SAYS_SHAPE = ("weight_shape", *bitsandbytes.STATES)
+"""Ends of the names of small tensors that say the shape of a weight."""
 WIDTHS_PACKED_ALIKE_BEFORE_0_18 = (1, 2, 4, 8)
 
 
@@ -53,12 +55,14 @@ def from_config(config: Mapping[str, Any], path: Path) -> StoredQuantization:
     method = config.get("quant_method")
     if method == own.NAME:
         return OwnQuantization.from_config(config, path)
+    if method == bitsandbytes.NAME:
+        return bitsandbytes.BnbQuantization.from_config(config, path)
     entries = cast(dict[str, dict[str, Any]], config.get("config_groups") or {})
     layouts = {str(entry.get("format") or config.get("format")) for entry in entries.values()}
     if method != COMPRESSED_TENSORS or not layouts or not layouts <= set(compressed_tensors.LAYOUTS):
         raise CheckpointError(
             f"{path}: the model is already quantized ({method}, {', '.join(sorted(layouts)) or config.get('format')}). "
-            f"Only unquantized models, bitwright's own and compressed-tensors' "
+            f"Only unquantized models, bitwright's own, bitsandbytes' 4-bit ones and compressed-tensors' "
             f"{', '.join(compressed_tensors.LAYOUTS)} can be read; give the original."
         )
     return CtQuantization.from_config(config, entries, path)
