@@ -24,7 +24,7 @@ ROWS = (
 )  # fmt: skip
 """scheme:method:loss, and `rest` where embeddings and norms are trained as well."""
 RATE_BY_BITS = {4: 0.2, 3: 1.0, 2: 2.0}
-"""Factor on the learning rate: coarse levels need longer ways, and at 4 bits there is little to gain and much to lose."""
+"""Factor on the learning rate: coarse levels are further apart, and at 4 bits there is little to gain, much to lose."""
 
 
 def measure(args: argparse.Namespace, row: str) -> Row | None:
@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace, row: str) -> Row | None:
         return None
     parsed = Scheme.parse(scheme)
     bits = getattr(parsed.weights.format, "bits", 2)
-    rate = args.learning_rate * RATE_BY_BITS[bits]
+    rate = args.learning_rate * RATE_BY_BITS[max(2, round(bits))]
     task = QatTask(
         recipe=Recipe(scheme=parsed, method=method, max_kl=100.0),
         text=TrainingText(data=args.data, heldout=args.heldout, seqlen=args.seqlen, windows=args.windows),
