@@ -381,7 +381,7 @@ def test_places_that_are_taken(lora_run: Path, qlora_run: Path, tmp_path: Path) 
     for out, message in (
         (tmp_path, "not empty and not a run directory"),
         (tmp_path / "file", "is a file"),
-        (lora_run, "exists. Choose another --out"),
+        (lora_run, "belongs to a run with another recipe"),
     ):
         with pytest.raises(RunError, match=message):
             merge(qlora_run, MergeTask(how="requantize"), out)

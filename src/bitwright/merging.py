@@ -42,7 +42,7 @@ from bitwright.pipeline import Trained, model_directory, quantize
 from bitwright.preparation import DTYPES, open_model
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Calibration, Recipe
-from bitwright.records import append_jsonl, write_json_atomic
+from bitwright.records import append_jsonl, read_jsonl, write_json_atomic
 from bitwright.runs import RUN_FILE, RunDirectory
 from bitwright.schemes import Scheme
 from bitwright.train.adapter_files import CONFIG, base_hash, load_adapters, read_adapters
@@ -141,7 +141,10 @@ def merge(
         "max_kl": task.max_kl, "failure": failure, "seconds": time.perf_counter() - begun,
     }  # fmt: skip
     if task.how == "dense":
-        write_json_atomic(target / RECORD, record)
+        write_json_atomic(result / RECORD, record)
+        if target.exists():
+            target.rmdir()
+        result.replace(target)
     else:
         append_jsonl(RunDirectory(target).records, record)
         RunDirectory(target).judge(failure)
@@ -215,8 +218,11 @@ class _Merge:
     def write(self) -> tuple[Path, str | None]:
         """Write the result; return its model directory, and why quantization failed its own gate."""
         if self.task.how == "dense":
-            self._write_dense(self.out)
-            return self.out, None
+            # Under its own name only when it has been compared; what a killed merge has left is written again.
+            partial = self.out.absolute().with_name(f".{self.out.name}-dense")
+            shutil.rmtree(partial, ignore_errors=True)
+            self._write_dense(partial)
+            return partial, None
         if self.task.how == "fold":
             recipe = self._recipe(TRAINED_ELSEWHERE, UNGATED)
             trained = Trained(model=self.source.original, sites=self.source.folder)
@@ -294,7 +300,8 @@ def _check_out(out: Path, how: How) -> None:
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     else:
         RunDirectory(out).check_place()
-        taken = RunDirectory(out).is_complete
+        run = RunDirectory(out)
+        taken = run.is_complete and any(record["kind"] == "merge" for record in read_jsonl(run.records))
     if taken:
         raise RunError(f"{out}: exists. Choose another --out.")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from bitwright.records import Environment, append_jsonl
 from bitwright.runs import RunDirectory
-from bitwright.schemes import Scheme
+from bitwright.strict_yaml import to_plain
 from bitwright.train.packed_base import adopt_layers, is_from_bitsandbytes
 from bitwright.train.processes import Processes
 
@@ -40,10 +40,10 @@ class TrainingResult:
 
 def task_identity(task: Any) -> dict[str, Any]:
     """A task as plain data, less what changes nothing in the result."""
-    mapping = asdict(task)
+    mapping = cast(dict[str, Any], to_plain(task))
     for name in ("save_every", "tensorboard"):
         del mapping["training"][name]
-    return {name: str(value) if isinstance(value, Scheme) else value for name, value in mapping.items()}
+    return mapping
 
 
 def carry_out(

@@ -34,7 +34,7 @@ from bitwright.train.lora import (
     remove_adapters,
     trainable_ledger,
 )
-from bitwright.train.low_rank_start import alternate, low_rank_start, start_at_error, weighted_error
+from bitwright.train.low_rank_start import low_rank_start, start_at_error, weighted_error
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(12).reshape(1, 12)
@@ -357,18 +357,6 @@ def test_inputs_that_were_never_seen_do_no_harm() -> None:
     assert bool(torch.isfinite(start.product()).all())
     assert weighted_error(error - start.product(), moments) < weighted_error(error, moments)
     assert bool(torch.isfinite(low_rank_start(error, 4, moments=torch.zeros(32)).product()).all())
-
-
-def test_alternating_is_never_worse_than_one_round() -> None:
-    weight = torch.randn(24, 32)
-
-    def fake_quantize(current: Tensor) -> Tensor:
-        return packed_layer(_linear(current), "W2A16-g16").site().dense()
-
-    one = alternate(weight, fake_quantize, 4, num_rounds=1)
-    assert torch.equal(one[1].product(), low_rank_start(weight - one[0], 4).product())
-    base, product = alternate(weight, fake_quantize, 4, num_rounds=5)
-    assert weighted_error(weight - base - product.product()) < weighted_error(weight - one[0] - one[1].product())
 
 
 def test_starts_of_other_shapes_are_refused() -> None:

@@ -4,16 +4,12 @@ An adapter that starts with B = 0 leaves a quantized model as bad as quantizatio
 that can be added to the quantized weight Q is the truncated SVD of W - Q (Eckart and Young), and the error of the
 outputs is least for that of (W - Q) R^½, with R the second moments of the inputs, multiplied by R^-½ again.
 
-`alternate` quantizes W less the last product of low rank, in turn, and keeps the best round.
-
 Legend: O out features, I in features, r rank.
 
-Reference: arXiv:2310.08659 (LoftQ), Alg. 1; arXiv:2410.06040 (QERA), theorems 1 and 2. Differs: LoftQ keeps its last
-round, which need not be the best.
+Reference: arXiv:2310.08659 (LoftQ), with one round of its alternation; arXiv:2410.06040 (QERA), theorems 1 and 2.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,36 +55,6 @@ def low_rank_start(error: Tensor, rank: int, *, moments: Tensor | None = None) -
     alive = int((values[:rank] > values[0] * torch.finfo(torch.float32).eps).sum())
     half = values[:alive].sqrt()
     return LowRank(a=_times(half[:, None] * right[:alive], inverse).float(), b=(left[:, :alive] * half).float())
-
-
-def alternate(
-    weight: Tensor,
-    fake_quantize: Callable[[Tensor], Tensor],
-    rank: int,
-    *,
-    num_rounds: int = 5,
-    moments: Tensor | None = None,
-) -> tuple[Tensor, LowRank]:
-    """Quantize and correct in turn; return the quantized weight [O, I] and the product of the best round.
-
-    Args:
-        weight: [O, I]; not modified.
-        fake_quantize: rounds a weight to what its codes stand for.
-        rank: r.
-        num_rounds: at least 1; one round is `low_rank_start` of the weight as it is.
-        moments: as `low_rank_start`; also decides what is best.
-    """
-    best: tuple[float, Tensor, LowRank] | None = None
-    target = weight.float()
-    for _ in range(num_rounds):
-        base = fake_quantize(target).float()
-        product = low_rank_start(weight.float() - base, rank, moments=moments)
-        left = weighted_error(weight.float() - base - product.product(), moments)
-        if best is None or left < best[0]:
-            best = left, base, product
-        target = weight.float() - product.product()
-    assert best is not None
-    return best[1], best[2]
 
 
 def weighted_error(error: Tensor, moments: Tensor | None = None) -> float:
