@@ -28,7 +28,7 @@ from bitwright.numerics.inputs import FloatColumns, InputQuantizer, QuantizedSit
 from bitwright.numerics.metrics import sqnr_db
 from bitwright.numerics.outliers import SparseOutliers, split_outliers
 from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.ranges import RangeMethod, minmax, store_scale
+from bitwright.numerics.ranges import RangeMethod, store_scale
 from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.recipe import Plan, Recipe, SitePlan
@@ -243,13 +243,13 @@ class GroupSolver:
             moments = None if stats.mean_square is None else stats.mean_square[first:end]
             return self._fit(start.entry, start.grid.format, current, moments, dtype)
 
-        def cover() -> AnyGrid:
-            return self._fit(start.entry, start.grid.format, start.weight, None, dtype, method=minmax)
+        def fit_by(method: RangeMethod) -> AnyGrid:
+            return self._fit(start.entry, start.grid.format, start.weight, None, dtype, method=method)
 
         solve = SOLVERS[start.method].solve
         assert solve is not None
         try:
-            problem = Problem(stats=stats, recipe=self.recipe, refit=refit, cover=cover, rows=_rows_of(start.stack))
+            problem = Problem(stats=stats, recipe=self.recipe, refit=refit, fit=fit_by, rows=_rows_of(start.stack))
             result = solve(start.weight, start.grid, problem)
         except SingularHessian as error:
             raise SingularHessian(f"{site.name}: {error} It saw {stats.num_tokens} tokens.") from None

@@ -102,7 +102,7 @@ def solve(method: str, weight: Tensor, grid: AnyGrid, stats: SiteStats, options:
     assert solver is not None
     rows = {"site": slice(0, weight.shape[0])}
     return solver(
-        weight, grid, Problem(stats=stats, recipe=Recipe(gptq=options), refit=refit, cover=lambda: grid, rows=rows)
+        weight, grid, Problem(stats=stats, recipe=Recipe(gptq=options), refit=refit, fit=lambda _: grid, rows=rows)
     )
 
 

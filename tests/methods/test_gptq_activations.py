@@ -35,7 +35,7 @@ def solved(x: Tensor, quantizer: InputQuantizer | None, weight: Tensor) -> Tenso
     solve = SOLVERS["gptq"].solve
     assert solve is not None
     return solve(
-        weight, grid, Problem(stats=stats, recipe=Recipe(), refit=lambda *_: grid, cover=lambda: grid)
+        weight, grid, Problem(stats=stats, recipe=Recipe(), refit=lambda *_: grid, fit=lambda _: grid)
     ).dequantize()
 
 

@@ -95,7 +95,7 @@ def test_constant_gradients_are_gptq_bit_for_bit_also_in_a_stack() -> None:
         stats=stats,
         recipe=Recipe(),
         refit=lambda *_: grid,
-        cover=lambda: grid,
+        fit=lambda _: grid,
         rows={"q": slice(0, 7), "k": slice(7, NUM_ROWS)},
     )
     assert [rows for rows, _ in problem.guided_hessians] == [

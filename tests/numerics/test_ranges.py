@@ -11,7 +11,7 @@ from bitwright.numerics.formats import FORMATS, LevelFormat
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.integer import IntegerFormat
-from bitwright.numerics.ranges import SHRINK_FACTORS, fit_grid, percentile
+from bitwright.numerics.ranges import SHRINK_FACTORS, centred, fit_grid, percentile
 from bitwright.numerics.scales import MIN_SCALE, FloatScale
 
 FAMILIES = [
@@ -350,3 +350,14 @@ def test_the_weight_is_not_modified_and_half_precision_weights_work() -> None:
             exact = fit_grid(weight.bfloat16().float(), LEVELS["uint4"], granularity, method=method)
             assert torch.equal(half.scale, exact.scale)
     assert torch.equal(weight, before)
+
+
+def test_centred_reaches_the_largest_magnitude_with_half_of_the_levels() -> None:
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(5))
+    rows = Granularity(kind="channel")
+    full = fit_grid(weight, IntegerFormat(bits=2, symmetric=True), rows, method=centred)
+    torch.testing.assert_close(full.scale.flatten(), weight.abs().amax(1) / 1.5)
+    asymmetric = IntegerFormat(bits=2, symmetric=False)
+    assert torch.equal(
+        fit_grid(weight, asymmetric, rows, method=centred).scale, fit_grid(weight, asymmetric, rows).scale
+    )

@@ -24,6 +24,7 @@ from bitwright.numerics.formats import Format
 from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.ranges import RangeMethod, centred, minmax
 from bitwright.recipe import Recipe
 from bitwright.registry import Registry
 
@@ -40,14 +41,14 @@ class Problem:
         stats: of the inputs, as they will be at inference.
         recipe: holds the options of every method.
         refit: fits a new grid to the current weights [O, g] of columns first … end.
-        cover: fits a grid that covers the whole range of the weight.
+        fit: fits a new grid to the weight by another range method.
         rows: site -> its rows of the weight, in order; sites with the same inputs are solved as one weight.
     """
 
     stats: SiteStats
     recipe: Recipe
     refit: Refit
-    cover: Callable[[], AnyGrid]
+    fit: Callable[[RangeMethod], AnyGrid]
     rows: Mapping[str, slice] = field(default_factory=dict[str, slice])
 
     @property
@@ -126,12 +127,20 @@ def _swept(target: Tensor, hessian: Tensor, grids: Sequence[AnyGrid], sweep: Map
     return results[0] if len(results) == 1 else best_rows(target, hessian, results)
 
 
+MANY_LEVELS = 8
+"""From here on a level more or less on one side makes no difference that was measured."""
+
+
 def _grids(grid: AnyGrid, problem: Problem) -> list[AnyGrid]:
     """The grids of which each row may take the one that serves it best."""
     recipe = problem.recipe
     if recipe.range_method != "auto" or not recipe.gptq.act_order or not has_scales_of_rows(grid):
         return [grid]
-    return [grid, problem.cover()]
+    assert isinstance(grid, Grid)
+    methods = [minmax]
+    if grid.format.symmetric and grid.format.max_value - grid.format.min_value < MANY_LEVELS:
+        methods.append(centred)
+    return [grid, *(problem.fit(method) for method in methods)]
 
 
 def _guided(weight: Tensor, grid: AnyGrid, problem: Problem) -> QTensor:

@@ -151,6 +151,20 @@ def minmax(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Te
     return _cover(*samples.ends(), format, bound)
 
 
+def centred(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor | None]:
+    """Let half of the levels reach the largest magnitude: with a zero point, or as many levels above 0, `minmax`.
+
+    Symmetric integers have one level more below 0. Steps are finer than those of `minmax` then, the ends of the other
+    side are clipped by half a step, and the lowest level is seldom used.
+    """
+    low, high = samples.ends()
+    if not format.symmetric or format.min_value == -format.max_value:
+        return _cover(low, high, format, bound)
+    wide = wide_dtype(low.device)
+    reach = torch.maximum(high, -low).to(wide)
+    return _rounded(_steps(reach, (format.max_value - format.min_value) / 2), format, bound), None
+
+
 def percentile(percent: float) -> RangeMethod:
     """Return a method that covers all but the outermost `100 - percent` percent on each side.
 
