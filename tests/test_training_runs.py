@@ -57,7 +57,7 @@ def killed(work: Callable[[Any], object], step: int) -> None:
         work(progress)
 
 
-@pytest.mark.parametrize("scheme", [None, "nf4-b16-dq"])
+@pytest.mark.parametrize("scheme", [None, pytest.param("nf4-b16-dq", marks=pytest.mark.slow)])
 def test_a_killed_adapter_run_goes_on_to_the_same_adapter(
     tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, scheme: str | None
 ) -> None:
@@ -74,7 +74,12 @@ def test_a_killed_adapter_run_goes_on_to_the_same_adapter(
     assert train_adapter(tiny_llama_dir, task, tmp_path / "whole").results == whole.results
 
 
-@pytest.mark.parametrize("scheme", ["W3A16-g16", "W2A16-g16-asym", "ternary-g16", "nf4-b16", "W4A8-g16", "fp8"])
+SLOW_SCHEMES = ["W2A16-g16-asym", "ternary-g16", "nf4-b16", "fp8"]
+
+
+@pytest.mark.parametrize(
+    "scheme", ["W3A16-g16", "W4A8-g16", *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in SLOW_SCHEMES)]
+)
 def test_the_codes_of_the_last_step_are_what_is_written(
     tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

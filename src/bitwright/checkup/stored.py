@@ -18,7 +18,7 @@ from torch import Tensor
 from bitwright.checkup.findings import Finding, Kind
 from bitwright.errors import BitwrightError, CheckpointError
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
-from bitwright.model.layouts import own
+from bitwright.model.layouts import bitsandbytes, own
 from bitwright.model.layouts.stored import CT_PARTS, CtQuantization, OwnQuantization, from_config, module_of
 from bitwright.numerics.inputs import QuantizedSite
 
@@ -96,7 +96,8 @@ class DamagedCheckpoint(Checkpoint):
     def parts(self, name: str) -> dict[str, Tensor]:
         """What is stored of a weight, by the names inside its module."""
         module = module_of(name)
-        stored = [each for each in self.stored if each.rpartition(".")[0] == module]
+        places = (module, name, f"{name}.quant_state")  # the last two are bitsandbytes'
+        stored = [each for each in self.stored if each.rpartition(".")[0] in places]
         return {each.rpartition(".")[2]: tensor for each, tensor in self.read_stored(stored).items()}
 
     def with_originals(self, names: Iterable[str]) -> "DamagedCheckpoint":
@@ -198,6 +199,9 @@ def is_covered(config: Mapping[str, Any], module: str) -> bool:
     quantization = cast(dict[str, Any], config[QUANTIZATION])
     if "schemes" in quantization:
         return any(module in modules for modules in quantization["schemes"].values())
+    if quantization.get("quant_method") == bitsandbytes.NAME:
+        skipped = quantization.get("llm_int8_skip_modules") or ()
+        return not any(module.endswith(name) or module.startswith(f"{name}.") for name in map(str, skipped))
 
     def matches(pattern: str) -> bool:
         if pattern.startswith("re:"):
@@ -213,6 +217,8 @@ def is_covered(config: Mapping[str, Any], module: str) -> bool:
 
 def _packed_modules(quantization: Any, stored: Iterable[str]) -> list[str]:
     """Modules that hold some part of codes, and not only a float weight or nothing."""
+    if isinstance(quantization, bitsandbytes.BnbQuantization):
+        return sorted({module_of(dense) for name in stored if (dense := bitsandbytes.dense_name(name))})
     parts = [name.rpartition(".") for name in stored]
     if isinstance(quantization, OwnQuantization):
         coded = {module for module, _, leaf in parts if own.is_part(leaf) and leaf != own.GUARD}
@@ -227,6 +233,8 @@ def _parts_of(quantization: Any, module: str, stored: Iterable[str]) -> dict[str
     Raises:
         CheckpointError: one is missing.
     """
+    if isinstance(quantization, bitsandbytes.BnbQuantization):
+        return quantization.weights(name for name in stored if name.startswith(f"{module}.weight"))
     names = [name for name in stored if name.rpartition(".")[0] == module]
     if isinstance(quantization, OwnQuantization):
         return replace(quantization, schemes={module: quantization.schemes[module]}).weights(names)
