@@ -294,7 +294,9 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="Finished run directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    to: Annotated[str, typer.Option(help="compressed-tensors, bitsandbytes (nf4, fp4) or bitwright.")] = "compressed-tensors",
+    to: Annotated[
+        str, typer.Option(help="compressed-tensors, bitsandbytes (nf4, fp4) or bitwright.")
+    ] = "compressed-tensors",
     verify: Annotated[
         bool, typer.Option(help="Load the export with its engine and compare weights and logits.")
     ] = True,
