@@ -30,7 +30,7 @@ from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
 from bitwright.search.model_shape import shape_of_model
 from bitwright.train.adapter_files import base_hash, save_adapters
-from bitwright.train.engine import fit, require_packages
+from bitwright.train.engine import fit
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.group_adapter import add_group_adapters, fold_adapters, require_foldable
 from bitwright.train.heldout import score_in_memory
@@ -44,6 +44,7 @@ from bitwright.training_run import (
     TRAINING,
     UNGATED,
     TrainingResult,
+    begin,
     carry_out,
     load_in_memory,
     task_identity,
@@ -107,11 +108,7 @@ def train_adapter(
     Raises:
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
-    require_packages(task.training)
-    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
-    if processes.is_main:
-        run.check_place()
-    processes.wait()
+    run, processes = begin(out, task)
     streamed = open_model(model_directory(model), device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     checkpoint = streamed.skeleton.checkpoint
     select(streamed.skeleton.model, task.lora.targets)

@@ -21,13 +21,14 @@ from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
 from bitwright.runs import RunDirectory
 from bitwright.train.distillation import distillation_loss, teacher_targets, towards
-from bitwright.train.engine import fit, require_packages
+from bitwright.train.engine import fit
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.options import Objective, TrainingOptions
 from bitwright.train.processes import Processes
 from bitwright.training_run import (
     TRAINING,
     TrainingResult,
+    begin,
     carry_out,
     load_in_memory,
     task_identity,
@@ -88,11 +89,7 @@ def distill_model(
         CheckpointError: student and teacher have different vocabularies, or the student is quantized.
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
-    require_packages(task.training)
-    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
-    if processes.is_main:
-        run.check_place()
-    processes.wait()
+    run, processes = begin(out, task)
     student, teacher = open_checkpoint(model), open_checkpoint(task.teacher)
     _require_alike(model, task, student, trust_remote_code)
     windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)

@@ -29,7 +29,7 @@ from bitwright.records import append_jsonl, read_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
 from bitwright.train.distillation import towards
-from bitwright.train.engine import Curve, fit, next_token_loss, require_packages
+from bitwright.train.engine import Curve, fit, next_token_loss
 from bitwright.train.fake_inputs import add_fake_cache
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.heldout import score_in_memory
@@ -40,6 +40,7 @@ from bitwright.training_run import (
     BASE,
     TRAINING,
     TrainingResult,
+    begin,
     carry_out,
     load_in_memory,
     task_identity,
@@ -120,11 +121,7 @@ def train_quantized(
     Raises:
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
-    require_packages(task.training)
-    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
-    if processes.is_main:
-        run.check_place()
-    processes.wait()
+    run, processes = begin(out, task)
     windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
     recipe = task.text.calibrate(task.recipe, model, trust_remote_code=trust_remote_code)
     streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from bitwright.records import Environment, append_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.strict_yaml import to_plain
+from bitwright.train.engine import require_packages
+from bitwright.train.options import TrainingOptions
 from bitwright.train.packed_base import adopt_layers, is_from_bitsandbytes
 from bitwright.train.processes import Processes
 
@@ -44,6 +46,39 @@ def task_identity(task: Any) -> dict[str, Any]:
     for name in ("save_every", "tensorboard"):
         del mapping["training"][name]
     return mapping
+
+
+class AnyTask(Protocol):
+    """What all trainings are told."""
+
+    @property
+    def training(self) -> TrainingOptions:
+        """How long and how fast."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where."""
+        ...
+
+    @property
+    def gradient_bits(self) -> int | None:
+        """Of gradients between processes; None for dense ones."""
+        ...
+
+
+def begin(out: str | Path, task: AnyTask) -> tuple[RunDirectory, Processes]:
+    """Check, before anything is read, that a training can run here and has a place; return that and the processes.
+
+    Raises:
+        MissingDependency, RunError, ResourceError, RecipeError: why not.
+    """
+    require_packages(task.training)
+    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
+    if processes.is_main:
+        run.check_place()
+    processes.wait()
+    return run, processes
 
 
 def carry_out(
