@@ -367,7 +367,7 @@ def _behind(model: str) -> tuple[Path, Path, Scheme | None]:
         return base.path, base.path, None
     if base.config["quantization_config"].get("quant_method") != own.NAME:
         raise CheckpointError(
-            f"{model}: packed in another layout than bitwright's, around which no adapter can stand. Quantize it with "
+            f"{model}: packed in another layout than bitwright's, and nothing says what it was made from. Quantize with "
             "--layout bitwright, or give the unquantized model."
         )
     info = RunDirectory(base.path.absolute().parent).info
