@@ -367,8 +367,8 @@ def _behind(model: str) -> tuple[Path, Path, Scheme | None]:
         return base.path, base.path, None
     if base.config["quantization_config"].get("quant_method") != own.NAME:
         raise CheckpointError(
-            f"{model}: packed in another layout than bitwright's, and nothing says what it was made from. Quantize with "
-            "--layout bitwright, or give the unquantized model."
+            f"{model}: packed in another layout than bitwright's, and nothing says what it was made from. Quantize "
+            "with --layout bitwright, or give the unquantized model."
         )
     info = RunDirectory(base.path.absolute().parent).info
     if info is None or "recipe" not in info["asked"]:
