@@ -18,8 +18,8 @@ from result_files import Row, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
-    "W4A16:gptaq:kl", "W4A16:gptaq:cross_entropy", "W4A8:gptaq:kl", "W4A16-g128:gptaq:kl", "W3A16-g64:block_ap:kl",
-    "W3A16-g64:block_ap:kl:rest", "W2A16-g64:block_ap:kl:rest", "W2A16-g64:gptaq:kl:rest",
+    "W4A16-channel:gptaq:kl", "W4A16-g128:gptaq:kl", "W4A16-g128:gptaq:cross_entropy", "W4A8:gptaq:kl",
+    "W3A16-g64:block_ap:kl", "W3A16-g64:block_ap:kl:rest", "W2A16-g64:block_ap:kl:rest", "W2A16-g64:gptaq:kl:rest",
     "W2A16-g64:block_ap:cross_entropy:rest", "ternary-g64:gptq:kl:rest",
 )  # fmt: skip
 """scheme:method:loss, and `rest` where embeddings and norms are trained as well."""
