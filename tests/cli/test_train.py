@@ -1,6 +1,9 @@
 """`bitwright train`: what a user sees, and that wrong requests leave nothing behind."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +40,24 @@ def test_a_gate_fails_with_the_reason(cli: Cli, tiny_llama_dir: Path, text: Path
     status, _, err = cli(*asked, *QUICK, "--max-kl", 1e-7, "--quiet")
     assert status == 1
     assert "above the gate of 1e-07" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [("lora",), ("qat", "--scheme", "W4A16-g16", "--method", "rtn")], ids=lambda c: c[0]
+)
+def test_two_processes_train_one_model_with_quantized_gradients(
+    tiny_llama_dir: Path, text: Path, out: Path, command: tuple[str, ...]
+) -> None:
+    name, *rest = command
+    asked = ["train", name, tiny_llama_dir, "--data", text, "--out", out, *rest, *QUICK, "--gradient-bits", 8, "--json"]
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bitwright.cli.app", *map(str, asked)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *run], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert len(found["losses"]) == 2
+    assert 0.25 < found["gradient_share"] < 0.3
 
 
 WRONG = [

@@ -1,5 +1,6 @@
 """`bitwright train lora|qlora|qat|distill`: the commands, and what they print."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -212,6 +213,8 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> Any:
 
 
 def _print(results: dict[str, Any], run: Path, *, quiet: bool, as_json: bool) -> None:
+    if int(os.environ.get("RANK", "0")) > 0:  # one process of several speaks
+        return
     if as_json:
         print_json({"run": str(run), **results})
         return

@@ -140,6 +140,8 @@ class Engine(Trainer):
         return self.loop.objective(model, inputs["input_ids"].long(), inputs["index"])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        if not self.args.should_save:  # the Trainer asks every process
+            return
         target = Path(output_dir or self.args.output_dir or ".")
         target.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loop.state.items()}
