@@ -29,10 +29,9 @@ from bitwright.numerics.metrics import sqnr_db
 from bitwright.numerics.outliers import SparseOutliers, split_outliers
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import RangeMethod, store_scale
-from bitwright.numerics.scale_formats import SCALE_FORMATS
-from bitwright.numerics.scales import FloatScale, ScaleFormat
+from bitwright.numerics.scales import FloatScale
 from bitwright.recipe import Plan, Recipe, SitePlan
-from bitwright.schemes import MODEL_SCALE, ActivationScheme, WeightScheme
+from bitwright.schemes import ActivationScheme, WeightScheme
 from bitwright.site_histogram import SiteHistogram, site_histogram
 from bitwright.train.given_sites import GivenSites
 
@@ -253,7 +252,7 @@ class GroupSolver:
             result = solve(start.weight, start.grid, problem)
         except SingularHessian as error:
             raise SingularHessian(f"{site.name}: {error} It saw {stats.num_tokens} tokens.") from None
-        scale = _scale_format(weights.scale, dtype)
+        scale = weights.stored_scale(dtype)
         if isinstance(result.grid, Grid) and scale.stored_afterwards:
             result = QTensor(codes=result.codes, grid=store_scale(result.grid, scale))
         return QTensor(codes=result.codes, grid=result.grid, outliers=start.outliers)
@@ -283,7 +282,7 @@ class GroupSolver:
             entry.granularity,
             method=method or ("mse" if range_method == "importance" else range_method),
             importance=importance,
-            scale=_scale_format(entry.scheme.weights.scale, dtype),
+            scale=entry.scheme.weights.stored_scale(dtype),
         )
 
     def _weight_importance(self, stack: list[Site], weight: Tensor, outliers: SparseOutliers | None) -> Tensor | None:
@@ -336,10 +335,6 @@ def _rows_of(stack: list[Site]) -> dict[str, slice]:
     """Which rows of a stacked weight belong to each site."""
     ends = list(accumulate(site.out_features for site in stack))
     return {site.name: slice(end - site.out_features, end) for site, end in zip(stack, ends, strict=True)}
-
-
-def _scale_format(name: str, dtype: torch.dtype) -> ScaleFormat:
-    return FloatScale(dtype) if name == MODEL_SCALE else SCALE_FORMATS[name]
 
 
 def _describe(site: Site, start: "_Start", quantized: QuantizedSite, weight: Tensor, coded: Tensor) -> SiteResult:

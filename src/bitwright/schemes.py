@@ -21,11 +21,15 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import NoReturn, cast
 
+import torch
+
 from bitwright.errors import RecipeError, UnknownName, did_you_mean
 from bitwright.numerics.codebook_grid import CodebookFormat, LearnedTableFormat
 from bitwright.numerics.formats import FORMATS, Format, LevelFormat, has_float_zero, num_code_bits, num_zero_point_bits
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.integer import MAX_BITS, MIN_BITS, IntegerFormat
+from bitwright.numerics.scale_formats import SCALE_FORMATS
+from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.registry import Registry
 
 DEFAULT_GROUP_SIZE = 128
@@ -66,6 +70,10 @@ class WeightScheme:
     granularity: Granularity
     scale: str = MODEL_SCALE
     outliers: float = 0.0
+
+    def stored_scale(self, dtype: torch.dtype) -> ScaleFormat:
+        """Return how scales are stored in a checkpoint of a dtype."""
+        return FloatScale(dtype) if self.scale == MODEL_SCALE else SCALE_FORMATS[self.scale]
 
     def num_bits(self, out_features: int, in_features: int, *, float_bits: int) -> int:
         """Bits of a weight [O, I] as stored; `float_bits` are those of its dtype. Exact but for outliers."""

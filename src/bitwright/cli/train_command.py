@@ -92,14 +92,10 @@ def qlora(
     trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Fine-tune with adapters over a quantized base, which stays packed in memory."""
+    given = dict(locals())
     from bitwright.schemes import Scheme
 
-    given = dict(locals())
-    del given["Scheme"]
-    _adapter(
-        given | {"scheme": Scheme.parse(scheme)}, scheme=Scheme.parse(scheme), start_at_error=start_at_error,
-        by_group=by_group,
-    )  # fmt: skip
+    _adapter(given, scheme=Scheme.parse(scheme), start_at_error=start_at_error, by_group=by_group)
 
 
 @train.command()
@@ -117,11 +113,11 @@ def qat(
     quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Train quantized weights, from what a method has made of them towards the original model."""
+    given = dict(locals())
     from bitwright.qat_run import QatTask, train_quantized
     from bitwright.recipe_builder import build_recipe
     from bitwright.train.qat import MODES, QatOptions
 
-    given = dict(locals())
     wished = build_recipe(recipe, {"scheme": scheme, "method": method, "max_kl": max_kl}, {})
     task = QatTask(
         recipe=wished, text=_text(given), training=_options(given),
@@ -152,9 +148,9 @@ def distill(
     fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Train all weights of a model towards a teacher of the same vocabulary; leaves a model directory."""
+    given = dict(locals())
     from bitwright.distill_run import DistillTask, distill_model
 
-    given = dict(locals())
     task = DistillTask(
         teacher=teacher, text=_text(given), training=_options(given), temperature=temperature, top_k=top_k,
         features=features, device=device, gradient_bits=gradient_bits,

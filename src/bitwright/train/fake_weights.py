@@ -37,21 +37,15 @@ from bitwright.numerics.minifloat import MinifloatFormat
 from bitwright.numerics.outliers import SparseOutliers, split_outliers
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import store_scale
-from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale, ScaleFormat
 from bitwright.numerics.ste import straight_through
 from bitwright.numerics.ternary import BinaryFormat, TernaryFormat
-from bitwright.schemes import MODEL_SCALE, Scheme, WeightScheme
+from bitwright.schemes import Scheme
 
 Mode = Literal["minmax", "learned", "fixed", "scales"]
 SMALLEST_SHARE = 2.0**-10
 """A learned scale keeps its sign and at least this share of its start; below, every weight of its group is clipped."""
 _STORED = "stored_"
-
-
-def scale_format(weights: WeightScheme, dtype: torch.dtype) -> ScaleFormat:
-    """Return how the scales of a weight are stored in a checkpoint of a dtype."""
-    return FloatScale(dtype) if weights.scale == MODEL_SCALE else SCALE_FORMATS[weights.scale]
 
 
 def fit_start(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> AnyGrid:
@@ -67,7 +61,7 @@ def fit_start(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> AnyGrid:
         weight, outliers = split_outliers(weight, weights.outliers, dtype=dtype)
         importance = torch.ones_like(weight)
         importance.view(-1)[outliers.index.long()] = 0
-    storage = scale_format(weights, dtype)
+    storage = weights.stored_scale(dtype)
     grid = fit(weight, weights.format, weights.granularity, method="mse", importance=importance, scale=storage)
     return _as_stored(grid, storage)
 
@@ -95,7 +89,7 @@ class FakeWeight(nn.Module):
     def __init__(self, scheme: Scheme, weight: Tensor, grid: AnyGrid, dtype: torch.dtype, mode: Mode) -> None:
         super().__init__()
         self.scheme, self.mode, self.dtype = scheme, mode, dtype
-        self.storage = scale_format(scheme.weights, dtype)
+        self.storage = scheme.weights.stored_scale(dtype)
         _check_grid(grid, scheme, weight.shape[0])
         self._template = _as_stored(grid, self.storage)
         _check_mode(mode, self._template, str(scheme))
