@@ -138,11 +138,10 @@ def test_a_distilled_model_is_a_model_directory(
 def test_what_is_held_out_is_neither_trained_nor_calibrated_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "numbers.txt").write_text(" ".join(str(number * 7919) for number in range(2000)))
     text = TrainingText(data=str(tmp_path / "numbers.txt"), seqlen=32)
-    windows, heldout = text.draw(tiny_llama_dir, trust_remote_code=False)
-    recipe = text.calibrate(Recipe(), tiny_llama_dir, trust_remote_code=False)
+    windows, heldout, calibration = text.draw(tiny_llama_dir, trust_remote_code=False)
     rows = {tuple(row.tolist()) for row in windows}
     assert not rows & {tuple(row.tolist()) for row in heldout}
-    assert recipe.calibration.num_samples <= len(windows)
+    assert calibration.num_samples <= len(windows)
 
 
 def test_another_configuration_does_not_go_on_with_a_run(

@@ -112,7 +112,7 @@ def train_adapter(
     streamed = open_model(model_directory(model), device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     checkpoint = streamed.skeleton.checkpoint
     select(streamed.skeleton.model, task.lora.targets)
-    windows, heldout = task.text.draw(checkpoint.path, trust_remote_code=trust_remote_code)
+    windows, heldout, _ = task.text.draw(checkpoint.path, trust_remote_code=trust_remote_code)
     model_hash = checkpoint.audit()
     data_hash = hash_tokens(torch.cat([windows, heldout]))
     asked = {"model": str(model), "model_hash": model_hash, "data_hash": data_hash, "task": task_identity(task)}

@@ -92,7 +92,7 @@ def distill_model(
     run, processes = begin(out, task)
     student, teacher = open_checkpoint(model), open_checkpoint(task.teacher)
     _require_alike(model, task, student, trust_remote_code)
-    windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
+    windows, heldout, _ = task.text.draw(model, trust_remote_code=trust_remote_code)
     data_hash = hash_tokens(torch.cat([windows, heldout]))
     asked = {
         "model": str(model), "model_hash": student.audit(), "teacher_hash": teacher.audit(), "data_hash": data_hash,

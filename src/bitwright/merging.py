@@ -174,7 +174,7 @@ class _Source:
 
     def draw(self, trust_remote_code: bool) -> Tensor:
         """Return the windows to judge by."""
-        windows, heldout = self.text.draw(self.original, trust_remote_code=trust_remote_code)
+        windows, heldout, _ = self.text.draw(self.original, trust_remote_code=trust_remote_code)
         if self.data_hash not in (None, hash_tokens(torch.cat([windows, heldout]))):
             raise DataError(
                 f"{self.text.data}: is not the text of the training any more, so held-out windows are unknown. Put it "
@@ -282,9 +282,10 @@ class _Merge:
         text, original, asked = self.source.text, self.source.original, self.task.calibration
         if asked is not None:
             text = replace(text, data=asked, heldout=None)
-            windows, _ = text.draw(original, trust_remote_code=self.trust_remote_code)
+        windows, _, calibration = text.draw(original, trust_remote_code=self.trust_remote_code)
+        if asked is not None:
             require_disjoint(windows, self.heldout, calibration_source=asked, evaluation_source="the held-out text")
-        return text.calibrate(recipe, original, trust_remote_code=self.trust_remote_code)
+        return replace(recipe, calibration=calibration)
 
     def _write_dense(self, target: Path) -> None:
         original = open_model(

@@ -122,8 +122,8 @@ def train_quantized(
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
     run, processes = begin(out, task)
-    windows, heldout = task.text.draw(model, trust_remote_code=trust_remote_code)
-    recipe = task.text.calibrate(task.recipe, model, trust_remote_code=trust_remote_code)
+    windows, heldout, calibration = task.text.draw(model, trust_remote_code=trust_remote_code)
+    recipe = replace(task.recipe, calibration=calibration)
     streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     decided = decide(streamed, recipe)
     data_hash = hash_tokens(torch.cat([windows, heldout]))

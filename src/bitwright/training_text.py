@@ -1,6 +1,6 @@
 """Windows to train on and windows to judge by, cut from one text without overlap, or from two."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +10,6 @@ from bitwright.data.corpora import load_corpus
 from bitwright.data.overlap import require_disjoint
 from bitwright.data.windows import sample_windows, tokenise
 from bitwright.errors import DataError
-from bitwright.model.stream import StreamedModel
 from bitwright.preparation import (
     check_seqlen,
     check_vocabulary,
@@ -19,7 +18,7 @@ from bitwright.preparation import (
     open_model,
     text_windows,
 )
-from bitwright.recipe import Calibration, Recipe
+from bitwright.recipe import Calibration
 
 MOST_HELD_OUT_TOKENS = 16384
 CALIBRATION_WINDOWS = 128
@@ -45,14 +44,19 @@ class TrainingText:
     windows: int | None = None
     seed: int = 0
 
-    def draw(self, model: str | Path, *, trust_remote_code: bool) -> tuple[Tensor, Tensor]:
-        """Return windows to train on [N, T] and to judge by [K, T].
+    def draw(self, model: str | Path, *, trust_remote_code: bool) -> tuple[Tensor, Tensor, Calibration]:
+        """Return windows to train on [N, T], windows to judge by [K, T], and what a run calibrates on.
+
+        `preparation` draws with the same seed from the same order of windows: first those to calibrate on, which are
+        trained on as well (unless there is a limit below them), then those of its gate, which are held out here.
 
         Raises:
             DataError: too little text, or texts that overlap.
         """
         opened = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
-        tokens = self._tokens(opened, trust_remote_code)
+        check_seqlen(opened, self.seqlen)
+        tokenizer = load_tokenizer(opened.skeleton.checkpoint, trust_remote_code=trust_remote_code)
+        tokens = tokenise(tokenizer, load_corpus(self.data).documents)
         first, kept = self._cut(len(tokens) // self.seqlen)
         drawn = sample_windows(
             tokens, num_samples=len(tokens) // self.seqlen, seqlen=self.seqlen, seed=self.seed, source=self.data
@@ -64,23 +68,8 @@ class TrainingText:
             most = max(1, MOST_HELD_OUT_TOKENS // self.seqlen)
             heldout = text_windows(opened, self.heldout, self.seqlen, trust_remote_code=trust_remote_code)[:most]
             require_disjoint(windows, heldout, calibration_source=self.data, evaluation_source=self.heldout)
-        return windows, heldout.contiguous()
-
-    def calibrate(self, recipe: Recipe, model: str | Path, *, trust_remote_code: bool) -> Recipe:
-        """Return a recipe that is calibrated on windows that are trained on, and gated on some that are held out.
-
-        `preparation` draws both with the same seed from the same order of windows: first those to calibrate on, then
-        those of the gate.
-        """
-        opened = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
-        first, _ = self._cut(len(self._tokens(opened, trust_remote_code)) // self.seqlen)
-        text = Calibration(text=self.data, num_samples=first, seqlen=self.seqlen, seed=self.seed)
-        return replace(recipe, calibration=text)
-
-    def _tokens(self, opened: StreamedModel, trust_remote_code: bool) -> Tensor:
-        check_seqlen(opened, self.seqlen)
-        tokenizer = load_tokenizer(opened.skeleton.checkpoint, trust_remote_code=trust_remote_code)
-        return tokenise(tokenizer, load_corpus(self.data).documents)
+        calibration = Calibration(text=self.data, num_samples=first, seqlen=self.seqlen, seed=self.seed)
+        return windows, heldout.contiguous(), calibration
 
     def _cut(self, available: int) -> tuple[int, int]:
         """How many of the windows, in seeded order, are calibrated on, and how many after them are held out."""
