@@ -106,7 +106,7 @@ def test_training_towards_the_original_comes_closer_to_it(
     tiny_llama_dir: Path, text: TrainingText, tmp_path: Path
 ) -> None:
     recipe = Recipe(scheme=Scheme.parse("W2A16-g16"), method="rtn", max_kl=100.0)
-    task = QatTask(recipe=recipe, text=text, training=options(steps=20, learning_rate=5e-4), start="original")
+    task = QatTask(recipe=recipe, text=text, training=options(steps=20, learning_rate=1e-2), start="original")
     found = train_quantized(tiny_llama_dir, task, tmp_path / "run")
     assert found.results["kl_mean"] < found.results["kl_before"]
 
@@ -172,6 +172,9 @@ def test_impossible_requests_are_refused(tiny_llama_dir: Path, text: TrainingTex
     for wrong in ({"temperature": 0.0}, {"top_k": 0}, {"features": -1.0}, {"features": 1.0, "top_k": 4}):
         with pytest.raises(RecipeError, match=next(iter(wrong))):
             DistillTask(teacher="x", text=text, **wrong)
+    for wrong in ({"labels": 1.0}, {"labels": 0.5, "loss": "cross_entropy"}, {"rest_rate": 0.0}):
+        with pytest.raises(RecipeError, match=next(iter(wrong))):
+            QatTask(recipe=Recipe(), text=text, **wrong)
     with pytest.raises(RecipeError, match="one process sends no gradients"):
         train_adapter(tiny_llama_dir, lora(text, gradient_bits=8), out)
     with pytest.raises(RecipeError, match="bitwright train qat"):

@@ -31,11 +31,12 @@ from bitwright.schemes import Scheme
 from bitwright.train.distillation import towards
 from bitwright.train.engine import Curve, fit, next_token_loss
 from bitwright.train.fake_inputs import add_fake_cache
+from bitwright.train.fake_weights import mean_step, nearest_with_codes
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.options import Objective, TrainingOptions
 from bitwright.train.processes import Processes
-from bitwright.train.qat import QatOptions, convert, freeze_grids, grid_parameters, prepare
+from bitwright.train.qat import QatLinear, QatOptions, convert, freeze_grids, grid_parameters, prepare
 from bitwright.training_run import (
     BASE,
     TRAINING,
@@ -59,13 +60,16 @@ class QatTask:
     Attributes:
         recipe: schemes by site, and the method that training starts from; its calibration text is replaced.
         text: to train on and to judge by.
-        training: how long and how fast.
+        training: how long and how fast; the learning rate counts in steps of a weight's grid (`mean_step`), so
+            that one rate serves every site, format and model.
         qat: how quantizers behave.
-        start: `method` starts at what the recipe's method makes of the weights, `original` at the weights themselves
-            on that method's grids.
+        start: `method` starts at the codes of the recipe's method, as near to the original weights as these codes
+            allow; `original` at the weights themselves on that method's grids.
         loss: kl follows the original model (distillation), cross_entropy the text.
         temperature: of kl.
-        grid_rate: factor on the learning rate for scales and zero points.
+        labels: share of the text's own next tokens in kl, from 0 to below 1.
+        grid_rate: factor on the learning rate for scales and zero points, which counts in their own sizes.
+        rest_rate: factor on the learning rate for what stays in 16 bit, in absolute units.
         train_rest: also train embeddings, norms and whatever else stays in 16 bit.
         cache_bits: also quantize the KV cache in training, to so many bits; None for not.
         cache_group: tokens (keys) or channels (values) that share a scale there.
@@ -80,7 +84,9 @@ class QatTask:
     start: Literal["method", "original"] = "method"
     loss: Loss = "kl"
     temperature: float = 1.0
+    labels: float = 0.0
     grid_rate: float = 0.1
+    rest_rate: float = 0.1
     train_rest: bool = False
     cache_bits: int | None = None
     cache_group: int = 32
@@ -93,10 +99,14 @@ class QatTask:
                 "train qat: starts from the model's own weights, which transforms and repairs change. "
                 "Name a solver alone."
             )
-        for name in ("temperature", "grid_rate"):
+        for name in ("temperature", "grid_rate", "rest_rate"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise RecipeError(f"{name} must be a finite number above 0, got {value}.")
+        if not 0 <= self.labels < 1:
+            raise RecipeError(f"labels must be from 0 to below 1, got {self.labels}. Use loss cross_entropy for 1.")
+        if self.labels and self.loss != "kl":
+            raise RecipeError("labels are a share of the loss kl. Leave them or cross_entropy out.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +161,7 @@ class _Work:
         self.source, self.task, self.recipe, self.decided, self.run = model, task, recipe, decided, run
         self.processes, self.trust_remote_code, self.progress = processes, trust_remote_code, progress
         self.schemes: dict[str, Scheme] = {}
+        self.rates: dict[str, float] = {}
         for site in decided.sites:
             scheme = decided.plan.sites[site.name].effective
             if scheme is not None:
@@ -185,6 +196,7 @@ class _Work:
             "scheme": str(self.recipe.scheme),
             "loss": self.task.loss,
             "temperature": self.task.temperature,
+            "labels": self.task.labels,
             "start": self.task.start,
             "perplexity_original": original.perplexity,
             "perplexity_before": before.perplexity,
@@ -226,19 +238,33 @@ class _Work:
         if self.task.start == "method":
             with torch.no_grad():
                 for name, site in packed.items():
-                    student.get_parameter(parameters[name]).copy_(site.weight.dequantize(torch.float32))
+                    weight = student.get_parameter(parameters[name])
+                    weight.copy_(nearest_with_codes(weight, site.weight))
         student.requires_grad_(self.task.train_rest)
-        prepare(
+        prepared = prepare(
             student, self.schemes, {name: site.weight.grid for name, site in packed.items()}, self.task.qat,
             inputs={name: site.inputs for name, site in packed.items() if site.inputs is not None},
             dtype=streamed.skeleton.checkpoint.dense_dtype,
         )  # fmt: skip
+        self.rates = self._rates(student, prepared)
         if self.task.cache_bits is not None:
             add_fake_cache(student, self.task.cache_bits, self.task.cache_group)
 
-    def _fit(self, student: nn.Module, teacher: nn.Module, windows: Tensor) -> Curve:
+    def _rates(self, student: nn.Module, prepared: dict[str, QatLinear]) -> dict[str, float]:
+        """Return the factor on the learning rate of every parameter, at the start of the training."""
         grids = {id(parameter) for parameter in grid_parameters(student)}
-        names = {name for name, parameter in student.named_parameters() if id(parameter) in grids}
+        weights = {f"{name}.weight": module for name, module in prepared.items()}
+        rates: dict[str, float] = {}
+        for name, parameter in student.named_parameters():
+            if id(parameter) in grids:
+                rates[name] = self.task.grid_rate * float(parameter.detach().abs().mean())
+            elif name in weights:
+                rates[name] = mean_step(weights[name].fake_weight.grid(parameter.detach()), len(parameter))
+            else:
+                rates[name] = self.task.rest_rate
+        return rates
+
+    def _fit(self, student: nn.Module, teacher: nn.Module, windows: Tensor) -> Curve:
         last = self.task.qat.freeze_after * self.task.training.steps
         buffers = [
             name for name, _ in student.named_buffers() if any(name.startswith(f"{site}.") for site in self.schemes)
@@ -250,12 +276,14 @@ class _Work:
 
         return fit(
             student, windows, self.task.training, self.run.work / TRAINING, objective=self._objective(teacher),
-            rate=lambda name: self.task.grid_rate if name in names else 1.0, buffers=buffers, after_step=after_step,
+            rate=self.rates.__getitem__, buffers=buffers, after_step=after_step,
             wrapped=self.processes.wrapped, progress=self.progress,
         )  # fmt: skip
 
     def _objective(self, teacher: nn.Module) -> Objective:
-        return next_token_loss if self.task.loss == "cross_entropy" else towards(teacher, self.task.temperature)
+        if self.task.loss == "cross_entropy":
+            return next_token_loss
+        return towards(teacher, self.task.temperature, labels=self.task.labels)
 
     def _leave(self, student: nn.Module) -> Trained:
         """Write the trained codes and the dense rest; a resumed run writes the same again."""

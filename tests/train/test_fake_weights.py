@@ -12,7 +12,16 @@ from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.minifloat import MinifloatFormat
 from bitwright.numerics.ternary import TernaryFormat
 from bitwright.schemes import FAMILIES, MODEL_SCALE, Scheme, group
-from bitwright.train.fake_weights import FakeWeight, Mode, can_learn, fake_quantize, fit_start, gradient_factor
+from bitwright.train.fake_weights import (
+    FakeWeight,
+    Mode,
+    can_learn,
+    fake_quantize,
+    fit_start,
+    gradient_factor,
+    mean_step,
+    nearest_with_codes,
+)
 
 ROWS, COLUMNS = 8, 64
 EVERY_SCHEME = (
@@ -92,6 +101,33 @@ def test_learned_scales_move_and_are_rounded_to_the_checkpoints_dtype(name: str)
     assert isinstance(grid, Grid)
     assert grid.scale.dtype == DTYPE
     assert not torch.equal(fake.get_parameter("scale"), before)
+
+
+@pytest.mark.parametrize("name", EVERY_SCHEME)
+def test_a_start_keeps_the_codes_and_comes_nearer_to_the_weight(name: str) -> None:
+    weight = torch.randn(ROWS, COLUMNS)
+    fake = quantizer(name, "fixed", weight)
+    found = fake.qtensor(weight + torch.randn(ROWS, COLUMNS) * 0.1)
+    start = nearest_with_codes(weight, found)
+    level, kept = found.dequantize(), fake.qtensor(start)
+    inside = torch.ones_like(weight, dtype=torch.bool)
+    if found.outliers is not None:
+        inside.view(-1)[found.outliers.index.long()] = False
+    assert torch.equal(kept.codes[inside], found.codes[inside])
+    assert bool(((start - weight).abs() <= (level - weight).abs()).all())
+    assert float((start - weight).square().mean()) < float((level - weight).square().mean())
+    own_codes = fake.qtensor(weight)
+    if own_codes.outliers is None:
+        assert torch.equal(nearest_with_codes(weight, own_codes), weight)
+
+
+def test_the_step_of_an_integer_grid_is_its_scale() -> None:
+    weight = torch.randn(ROWS, COLUMNS)
+    for name in ("W4A16-g32", "W2A16-asym", "ternary"):
+        grid = fit_start(weight, scheme_of(name), DTYPE)
+        assert isinstance(grid, Grid)
+        assert mean_step(grid, ROWS) == pytest.approx(float(grid.scale.float().abs().mean()), rel=1e-6)
+    assert 0.05 < mean_step(fit_start(weight, scheme_of("nf4"), DTYPE), ROWS) < 1
 
 
 def clipped_grid(name: str, weight: Tensor) -> Grid:

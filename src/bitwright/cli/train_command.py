@@ -52,8 +52,13 @@ Start = Annotated[str, typer.Option(help="method: its codes; original: the weigh
 Mode = Annotated[str, typer.Option(help="Grids: auto, minmax, learned, fixed, or scales (only they are trained).")]
 FreezeAfter = Annotated[float, typer.Option(help="Fraction of the steps after which grids no longer move.")]
 GridRate = Annotated[float, typer.Option(help="Factor on the learning rate for scales and zero points.")]
+RestRate = Annotated[float, typer.Option(help="Factor on the learning rate for what stays in 16 bit.")]
+StepRate = Annotated[
+    float, typer.Option("--learning-rate", "--lr", help="The highest of the schedule, in steps of a weight's grid.")
+]
 Rest = Annotated[bool, typer.Option("--train-rest", help="Also train what stays in 16 bit.")]
 CacheBits = Annotated[int | None, typer.Option(help="Also quantize the KV cache in training.")]
+Labels = Annotated[float, typer.Option(help="Share of the text's own next tokens in the loss kl.")]
 Temperature = Annotated[float, typer.Option(help="Of the teacher's and the student's distributions.")]
 MaxKl = Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")]
 
@@ -104,10 +109,11 @@ def qat(
     scheme: Annotated[str | None, typer.Option(help="W4A16-g128 …; see bitwright formats.")] = None,
     recipe: Recipe = None, method: Method = None, start: Start = "method", mode: Mode = "auto",
     loss: Annotated[str, typer.Option(help="kl follows the original model, cross_entropy the text.")] = "kl",
-    temperature: Temperature = 1.0, freeze_after: FreezeAfter = 0.8, grid_rate: GridRate = 0.1,
-    train_rest: Rest = False, cache_bits: CacheBits = None, max_kl: MaxKl = None, heldout: Heldout = None,
-    seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = 300, batch: Batch = 8, accumulation: Accumulation = 1,
-    learning_rate: Rate = 3e-4, weight_decay: Decay = 0.0, precision: Precision = "float32",
+    temperature: Temperature = 1.0, labels: Labels = 0.0, freeze_after: FreezeAfter = 0.8, grid_rate: GridRate = 0.1,
+    rest_rate: RestRate = 0.1, train_rest: Rest = False, cache_bits: CacheBits = None, max_kl: MaxKl = None,
+    heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = 300, batch: Batch = 8,
+    accumulation: Accumulation = 1,
+    learning_rate: StepRate = 1e-3, weight_decay: Decay = 0.0, precision: Precision = "float32",
     checkpointing: Checkpointing = False, save_every: SaveEvery = 50, tensorboard: Tensorboard = False,
     gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu", fresh: Fresh = False,
     quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
@@ -123,8 +129,9 @@ def qat(
         recipe=wished, text=_text(given), training=_options(given),
         qat=QatOptions(mode=_one_of("--mode", mode, MODES), freeze_after=freeze_after),
         start=_one_of("--start", start, ("method", "original")),
-        loss=_one_of("--loss", loss, ("kl", "cross_entropy")), temperature=temperature, grid_rate=grid_rate,
-        train_rest=train_rest, cache_bits=cache_bits, device=device, gradient_bits=gradient_bits,
+        loss=_one_of("--loss", loss, ("kl", "cross_entropy")), temperature=temperature, labels=labels,
+        grid_rate=grid_rate, rest_rate=rest_rate, train_rest=train_rest, cache_bits=cache_bits,
+        device=device, gradient_bits=gradient_bits,
     )  # fmt: skip
     with ProgressBars(quiet=quiet or as_json) as progress:
         found = train_quantized(model, task, out, fresh=fresh, trust_remote_code=trust_remote_code, progress=progress)

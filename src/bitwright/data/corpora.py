@@ -4,6 +4,7 @@ notes.txt                        a text file, one document
 data.jsonl                       one JSON object per line, one document each, in the field "text" (or another)
 hub:NAME[:CONFIG[:SPLIT]]        a Hugging Face data set; split "train" unless given; `hub:NAME::test` skips the config
 stdlib, stdlib:heldout           the running Python's own sources, two disjoint sets of files (no download)
+stdlib:train                     all sources that are not held out: stdlib and some fifteen times as much
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from bitwright.data.stdlib import stdlib_documents
 from bitwright.errors import DataError, MissingDependency, did_you_mean
 
 HUB_PREFIX = "hub:"
-STDLIB_SPLITS = {"stdlib": "calibration", "stdlib:heldout": "heldout"}
+STDLIB_SPLITS = {"stdlib": "calibration", "stdlib:train": "train", "stdlib:heldout": "heldout"}
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 
 
@@ -69,7 +70,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        known = "a text file, a .jsonl file, hub:NAME, stdlib or stdlib:heldout"
+        known = "a text file, a .jsonl file, hub:NAME, stdlib, stdlib:train or stdlib:heldout"
         raise DataError(f"text '{path}': no such file. Give {known}.") from None
     except OSError as error:
         raise DataError(f"text '{path}': cannot be read ({error.strerror}). Give a readable text file.") from None

@@ -192,13 +192,14 @@ def kl_loss(
     return _mean(_divergence(teacher, student), mask) * temperature**2
 
 
-def towards(teacher: nn.Module, temperature: float, *, features: float = 0.0) -> Objective:
+def towards(teacher: nn.Module, temperature: float, *, features: float = 0.0, labels: float = 0.0) -> Objective:
     """Return the objective of following a teacher that runs beside the student.
 
     Args:
         teacher: in memory, without gradients.
         temperature: of both distributions.
         features: weight of `feature_loss` over the hidden states of all depths; needs as many and as wide ones.
+        labels: share, 0 to 1, of the text's own next tokens in the loss (Hinton's hard targets).
     """
     hidden = features > 0
 
@@ -207,6 +208,9 @@ def towards(teacher: nn.Module, temperature: float, *, features: float = 0.0) ->
             wanted = teacher(input_ids=ids, use_cache=False, output_hidden_states=hidden)
         found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
         loss = kl_loss(found.logits[:, :-1], wanted.logits[:, :-1], temperature)
+        if labels:
+            text = functional.cross_entropy(_wide(found.logits[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+            loss = (1 - labels) * loss + labels * text
         return loss + features * feature_loss(found.hidden_states, wanted.hidden_states) if hidden else loss
 
     return objective

@@ -45,6 +45,8 @@ from bitwright.schemes import Scheme
 Mode = Literal["minmax", "learned", "fixed", "scales"]
 SMALLEST_SHARE = 2.0**-10
 """A learned scale keeps its sign and at least this share of its start; below, every weight of its group is clipped."""
+BISECTIONS = 10
+"""Of the way from a level to a weight: to a thousandth of it."""
 _STORED = "stored_"
 
 
@@ -64,6 +66,35 @@ def fit_start(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> AnyGrid:
     storage = weights.stored_scale(dtype)
     grid = fit(weight, weights.format, weights.granularity, method="mse", importance=importance, scale=storage)
     return _as_stored(grid, storage)
+
+
+@torch.no_grad()
+def nearest_with_codes(weight: Tensor, found: QTensor) -> Tensor:
+    """Return the numbers [O, I] nearest to a weight that round to the codes that a method has found.
+
+    Training from the levels themselves forgets which roundings were close calls: from here those turn first. The cell
+    of a level is an interval, so the way from the level to the weight is bisected.
+
+    Args:
+        weight: [O, I] float32; not modified.
+        found: codes of the same shape, on the grid that training starts from.
+    """
+    inside, outside = found.dequantize(torch.float32), weight
+    for _ in range(BISECTIONS):
+        middle = (inside + outside) / 2
+        same = found.grid.quantize(middle) == found.codes
+        inside, outside = torch.where(same, middle, inside), torch.where(same, outside, middle)
+    return torch.where(found.grid.quantize(weight) == found.codes, weight, inside)
+
+
+def mean_step(grid: AnyGrid, num_rows: int) -> float:
+    """Return the distance of neighbouring levels of a matrix [num_rows, I], on average over levels and groups."""
+    format, shape = grid.format, (num_rows, grid.in_features)
+    low, high = (
+        grid.dequantize(torch.full(shape, code, dtype=format.code_dtype, device=grid.device))
+        for code in format.end_codes
+    )
+    return float((high - low).abs().mean()) / (format.num_codes - 1)
 
 
 def can_learn(grid: AnyGrid) -> bool:
