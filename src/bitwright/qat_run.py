@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
+from bitwright.evaluation.score import Score
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
@@ -220,7 +221,23 @@ class _Work:
             append_jsonl(inner.records, *(r for r in read_jsonl(self.run.records) if r["kind"] != "environment"))
         info = inner.info
         assert info is not None
-        self.run.finish(results, failure=info.get("failure"))
+        self.run.finish(results, failure=info.get("failure") or self._worsening(before, after))
+
+    def _worsening(self, before: Score, after: Score) -> str | None:
+        """Return what to say where the loss that was trained is higher on held-out text than it was at the start."""
+        share = 1.0 if self.task.loss == "cross_entropy" else self.task.labels
+        
+        def loss(score: Score) -> float:
+            assert score.kl_mean is not None
+            return (1 - share) * score.kl_mean + share * math.log(score.perplexity)
+
+        if loss(after) <= loss(before):
+            return None
+        return (
+            f"training ended worse than it began on held-out text (perplexity {before.perplexity:.4g} -> "
+            f"{after.perplexity:.4g}, KL {before.kl_mean:.3g} -> {after.kl_mean:.3g}). Use a lower --learning-rate or "
+            f"more --steps; {self.run.path / BASE} holds what it began with."
+        )
 
     def _quantize(self, recipe: Recipe, out: Path, trained: Trained | None) -> dict[str, Any]:
         return quantize(
