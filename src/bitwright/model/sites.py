@@ -167,7 +167,7 @@ def _weights(block: nn.Module) -> Iterator[_Weight]:
 def _kinds(block: nn.Module, weights: Sequence[_Weight]) -> list[SiteKind]:
     """Tell experts and routers from the rest; routers exist only beside experts."""
     stacks = {weight.parameter.rpartition(".")[0]: weight.num_experts for weight in weights if weight.num_experts}
-    lists = _expert_lists(block)
+    lists = _expert_lists(block, weights)
     counts = {place.rpartition(".")[0]: number for place, number in {**stacks, **lists}.items()}
     widths = {weight.in_features for weight in weights}
     kinds: list[SiteKind] = []
@@ -193,14 +193,24 @@ def _is_norm(module: nn.Module) -> bool:
     return any("eps" in name and isinstance(value, float) for name, value in vars(module).items())
 
 
-def _expert_lists(block: nn.Module) -> dict[str, int]:
-    """Map the path of every list of modules with weights inside the block to its length: experts that are modules."""
+def _expert_lists(block: nn.Module, weights: Sequence[_Weight]) -> dict[str, int]:
+    """Map the path of every list of experts that are modules to its length.
+
+    What tells it from a block with two attentions in a list is a router: a weight beside it with a row for each.
+    """
     lists = {path: each for path, each in modules_of(block).items() if path and isinstance(each, nn.ModuleList)}
     return {
         path: len(each)
         for path, each in lists.items()
-        if len(each) > 1 and any(parameter.ndim == 2 for parameter in each.parameters())
+        if len(each) > 1
+        and any(parameter.ndim == 2 for parameter in each.parameters())
+        and any(_routes(weight, path, len(each)) for weight in weights)
     }
+
+
+def _routes(weight: _Weight, experts: str, num_experts: int) -> bool:
+    beside = _under(weight.path, experts.rpartition(".")[0]) and not _under(weight.path, experts)
+    return beside and weight.out_features == num_experts
 
 
 # Products that a weight enters, with the place and name of the activations and of the weight among the arguments.

@@ -107,7 +107,7 @@ def cache_bytes(shape: ModelShape, context: int, batch: int, kv_bits: float) -> 
 
 def resident_bytes(shape: ModelShape, site: Site, scheme: Scheme | None, hardware: Hardware | None) -> int:
     """Bytes of a site in the memory of a device, where it lies as it is multiplied."""
-    if scheme is not None and hardware is not None and hardware.kernel(scheme) is None:
+    if hardware is not None and _is_decoded(site, scheme, hardware):
         return site.out_features * site.in_features * shape.dtype.itemsize
     return site_bytes(site, scheme, shape.site_dtypes[site.name], shape.dtype)
 
@@ -118,15 +118,14 @@ def site_seconds(
     """Return the seconds that a site's product of so many tokens waits for memory, and for arithmetic.
 
     An expert counts with the share of tokens that reach it, and its bytes with the chance that any does, as if the
-    router chose evenly. Arithmetic is None where its rate is not published.
+    router chose evenly; together, a layer moves the expected number of distinct experts. Arithmetic is None where its
+    rate is not published.
     """
-    reached, likely = float(tokens), 1.0
-    if site.kind == "expert" and shape.routed is not None:
-        chosen, experts = shape.routed
-        reached, likely = tokens * chosen / experts, 1.0 - (1.0 - chosen / experts) ** tokens
-    moved = likely * resident_bytes(shape, site, scheme, hardware)
+    share = shape.share(site)
+    reached, woken = tokens * share, 1.0 - (1.0 - share) ** tokens
+    moved = woken * resident_bytes(shape, site, scheme, hardware)
     moved += reached * (site.in_features + site.out_features) * shape.dtype.itemsize
-    rate = hardware.ops_per_s(_arithmetic(shape, scheme, hardware))
+    rate = hardware.ops_per_s(_arithmetic(shape, site, scheme, hardware))
     operations = 2.0 * reached * site.in_features * site.out_features
     return moved / hardware.bytes_per_s, None if rate is None else operations / rate
 
@@ -152,7 +151,7 @@ def speed(shape: ModelShape, assignment: Mapping[str, Scheme | None], work: Work
         prefill_s=prefill,
         energy_j_per_token=None if hardware.watts is None else hardware.watts * seconds / work.batch,
         bound="memory" if decode.moving + cached >= decode.computing else "arithmetic",
-        decoded_sites=sum(scheme is not None and hardware.kernel(scheme) is None for scheme in assignment.values()),
+        decoded_sites=sum(_is_decoded(site, assignment.get(site.name), hardware) for site in shape.sites),
     )
 
 
@@ -194,8 +193,12 @@ def _attention_seconds(shape: ModelShape, work: Workload, hardware: Hardware) ->
     return operations / rate
 
 
-def _arithmetic(shape: ModelShape, scheme: Scheme | None, hardware: Hardware) -> Arithmetic:
-    kernel = hardware.kernel(scheme)
+def _is_decoded(site: Site, scheme: Scheme | None, hardware: Hardware) -> bool:
+    return scheme is not None and hardware.kernel(scheme, site.kind) is None
+
+
+def _arithmetic(shape: ModelShape, site: Site, scheme: Scheme | None, hardware: Hardware) -> Arithmetic:
+    kernel = hardware.kernel(scheme, site.kind)
     return _dense(shape) if kernel is None else kernel.arithmetic
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bitwright.errors import RecipeError, UnknownName, did_you_mean
+from bitwright.model.sites import SiteKind
 from bitwright.numerics.formats import has_float_zero
 from bitwright.numerics.integer import IntegerFormat
 from bitwright.schemes import MODEL_SCALE, Scheme
@@ -33,6 +34,7 @@ class Kernel:
         symmetric_only: it takes no zero points.
         scale: as `WeightScheme.scale`.
         activations: format of the inputs' codes; None for inputs in 16 bit.
+        experts: it also takes the experts of a mixture, which engines multiply by kernels of their own.
         arithmetic: what it multiplies in, which decides the rate.
         source: who says so.
     """
@@ -45,9 +47,12 @@ class Kernel:
     symmetric_only: bool = True
     scale: str = MODEL_SCALE
     activations: str | None = None
+    experts: bool = True
 
-    def takes(self, scheme: Scheme) -> bool:
-        """Whether it multiplies weights and inputs of this scheme as they are stored."""
+    def takes(self, scheme: Scheme, kind: SiteKind = "linear") -> bool:
+        """Whether it multiplies weights and inputs of this scheme as they are stored, in a site of this kind."""
+        if kind == "expert" and not self.experts:
+            return False
         weights, acts = scheme.weights, scheme.activations
         granularity, format = weights.granularity, weights.format
         is_integer = isinstance(format, IntegerFormat)
@@ -67,7 +72,8 @@ class Hardware:
 
     Attributes:
         name: for people.
-        source: of the numbers below.
+        source: of the numbers below: the documents of its maker.
+        checked: which numbers were compared with what else, and which rest on the source alone.
         bandwidth_gb_per_s: of its memory, in 10^9 bytes.
         memory_gb: for weights, cache and workspace, in 10^9 bytes.
         tera_ops_per_s: dense rate of each arithmetic, 10^12 multiplications and additions.
@@ -83,6 +89,7 @@ class Hardware:
     tera_ops_per_s: Mapping[str, float]
     watts: float | None = None
     kernels: tuple[Kernel, ...] = ()
+    checked: str = ""
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -97,9 +104,9 @@ class Hardware:
             if key not in known:
                 raise RecipeError(f"tera_ops_per_s: unknown arithmetic '{key}'.{did_you_mean(key, known)}")
 
-    def kernel(self, scheme: Scheme | None) -> Kernel | None:
-        """The kernel for a scheme; None where there is none, or the weight is in 16 bit anyway."""
-        return None if scheme is None else next((each for each in self.kernels if each.takes(scheme)), None)
+    def kernel(self, scheme: Scheme | None, kind: SiteKind = "linear") -> Kernel | None:
+        """The kernel for a scheme in a site; None where there is none, or the weight is in 16 bit anyway."""
+        return None if scheme is None else next((each for each in self.kernels if each.takes(scheme, kind)), None)
 
     def ops_per_s(self, arithmetic: Arithmetic) -> float | None:
         """Operations per second; None where it is not published."""

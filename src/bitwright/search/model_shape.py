@@ -2,8 +2,13 @@
 
 A configuration is enough, because the model is built on torch's meta device. Where there is a checkpoint, its own names
 and dtypes are used, which a configuration does not tell for every tensor.
+
+Of a mixture of experts every weight is stored, and a token meets only the experts that the router chooses.
+`ModelShape.share` is what it meets of a site, as if the router chose evenly. Real ones do not quite, so a batch wakes
+somewhat fewer experts than the expected number.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +17,8 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from bitwright.errors import BitwrightError, CheckpointError
 from bitwright.model.sites import Site, block_sites, find_blocks
@@ -23,7 +29,9 @@ from bitwright.schemes import Scheme
 
 DEFAULT_DTYPE = torch.bfloat16
 """Of a configuration that does not name one."""
-_ROUTED_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "num_selected_experts", "top_k_experts")
+_ROUTED_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "moe_topk", "num_selected_experts", "top_k_experts")
+_EXPERT_MODULE = re.compile(r"(?P<place>.+)\.(?P<number>\d+)(?:\.|$)")
+"""An expert that is a module of its own, in a list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +73,14 @@ class ModelShape:
         kept: every other stored tensor: embeddings, norms, biases, head.
         dtype: of the model, to which packed weights decode.
         num_parameters: all of them, tied ones once.
+        num_active_parameters: those that one token meets: all but the experts that it is not sent to. Embeddings count
+            whole, as on most model cards.
         head_bytes: of the matrix that makes logits of a hidden state, in its own dtype; counts where it is tied too.
         head_weights: elements of that matrix.
         caches: of each layer that attends to earlier tokens.
         hidden_size: numbers per token between blocks.
-        attention_width: numbers per token in the queries of one layer.
+        attention_width: numbers per token in the queries of one layer, or the mean of these and its outputs where keys
+            and values differ in width.
         widest: numbers per token inside a block at once, at most.
         vocab_size: logits per token.
         max_context: tokens the model was made for; None if its configuration does not say.
@@ -83,6 +94,7 @@ class ModelShape:
     kept: tuple[StoredTensor, ...]
     dtype: torch.dtype
     num_parameters: int
+    num_active_parameters: int
     head_bytes: int
     head_weights: int
     caches: tuple[LayerCache, ...]
@@ -92,6 +104,13 @@ class ModelShape:
     vocab_size: int
     max_context: int | None
     routed: tuple[int, int] | None
+
+    def share(self, site: Site) -> float:
+        """Return the part of all tokens that reach a site: those sent to an expert, and every token elsewhere."""
+        if site.kind != "expert" or self.routed is None:
+            return 1.0
+        chosen, experts = self.routed
+        return chosen / experts
 
     def plan(self, assignment: "Mapping[str, Scheme | None]") -> dict[str, SitePlan]:
         """Return the assignment as a plan; a site that it does not name stays in 16 bit."""
@@ -180,11 +199,7 @@ def _shape(
 ) -> ModelShape:
     config = cast(Any, model).config.get_text_config()
     head_weights = int(config.vocab_size) * int(config.hidden_size)
-    widest: dict[str, int] = {}
-    for site in sites:
-        if site.index in (None, 0):
-            block = next(each for each in block_names if site.name.startswith(each + "."))
-            widest[block] = widest.get(block, 0) + site.out_features
+    routed = _routed(config, sites)
     max_context = getattr(config, "max_position_embeddings", None)
     return ModelShape(
         name=name,
@@ -194,15 +209,16 @@ def _shape(
         kept=kept,
         dtype=dtype,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_active_parameters=_num_active(model, sites, routed),
         head_bytes=head_weights * dtype.itemsize,
         head_weights=head_weights,
-        caches=tuple(_caches(config, len(block_names))),
+        caches=tuple(_caches(config)),
         hidden_size=int(config.hidden_size),
-        attention_width=int(config.num_attention_heads) * _head_dim(config),
-        widest=max(widest.values()),
+        attention_width=_attention_width(config),
+        widest=_widest(block_names, sites, routed),
         vocab_size=int(config.vocab_size),
         max_context=None if max_context is None else int(max_context),
-        routed=_routed(config, sites),
+        routed=routed,
     )
 
 
@@ -215,17 +231,47 @@ def _entry(scheme: Scheme | None) -> SitePlan:
     return SitePlan(scheme=scheme, group_size=group_size, method=None, reason="")
 
 
-def _caches(config: Any, num_layers: int) -> Iterator[LayerCache]:
-    """One entry per layer with attention; layers of a fixed state (linear attention, convolution) grow no cache."""
+def _widest(block_names: list[str], sites: tuple[Site, ...], routed: tuple[int, int] | None) -> int:
+    """Outputs of all products of a token in one block; of the experts, only of those that it is sent to."""
+    outputs = dict.fromkeys(block_names, 0)
+    of_experts = dict.fromkeys(block_names, 0)
+    for site in sites:
+        block = next(each for each in block_names if site.name.startswith(each + "."))
+        counted = of_experts if site.kind == "expert" else outputs
+        counted[block] += site.out_features
+    chosen, experts = routed or (1, 1)
+    return max(outputs[block] + of_experts[block] * chosen // experts for block in block_names)
+
+
+def _num_active(model: nn.Module, sites: tuple[Site, ...], routed: tuple[int, int] | None) -> int:
+    """Parameters that one token meets; an expert's biases lie beside its weights and are chosen with them."""
+    homes = {site.parameter.rpartition(".")[0] for site in sites if site.kind == "expert"}
+    counts = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        counts[name.rpartition(".")[0] in homes] += parameter.numel()
+    chosen, experts = routed or (1, 1)
+    return counts[False] + counts[True] * chosen // experts
+
+
+def _caches(config: Any) -> Iterator[LayerCache]:
+    """One entry per layer whose cache grows, as transformers would build it; a fixed state (linear attention) is none.
+
+    Latent attention (MLA) keeps what keys and values are computed from.
+    """
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     values = 2 * heads * _head_dim(config)
     if latent := getattr(config, "kv_lora_rank", None):
-        values = int(latent) + int(getattr(config, "qk_rope_head_dim", 0))
-    kinds = cast(list[str], getattr(config, "layer_types", None) or ["full_attention"] * num_layers)
-    window = getattr(config, "sliding_window", None)
-    for kind in kinds[:num_layers]:
-        if kind.endswith("attention") and not kind.startswith("linear"):
-            yield LayerCache(values_per_token=values, window=int(window) if window and "full" not in kind else None)
+        values = int(latent) + int(config.qk_rope_head_dim)
+    for layer in DynamicCache(config=config).layers:
+        if isinstance(layer, DynamicLayer):
+            yield LayerCache(values_per_token=values, window=getattr(layer, "sliding_window", None))
+
+
+def _attention_width(config: Any) -> int:
+    heads = int(config.num_attention_heads)
+    if getattr(config, "kv_lora_rank", None):
+        return heads * (int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim) + int(config.v_head_dim)) // 2
+    return heads * _head_dim(config)
 
 
 def _head_dim(config: Any) -> int:
@@ -233,13 +279,38 @@ def _head_dim(config: Any) -> int:
 
 
 def _routed(config: Any, sites: tuple[Site, ...]) -> tuple[int, int] | None:
-    experts = {site.index for site in sites if site.kind == "expert" and site.index is not None}
+    """Return how many experts a token is sent to, of how many.
+
+    Raises:
+        BitwrightError: the configuration does not say, or layers differ.
+    """
+    experts = _experts_per_layer(sites)
     if not experts:
         return None
-    chosen = next((int(getattr(config, key)) for key in _ROUTED_PER_TOKEN if getattr(config, key, None)), None)
-    if chosen is None:
+    known = next((getattr(config, key) for key in _ROUTED_PER_TOKEN if getattr(config, key, None)), None)
+    name = type(config).__name__
+    if known is None:
         raise BitwrightError(
-            f"{type(config).__name__}: has experts, and none of {', '.join(_ROUTED_PER_TOKEN)} says how many a token "
-            "goes through. Costs of this model are not known."
+            f"{name}: has experts, and none of {', '.join(_ROUTED_PER_TOKEN)} says how many a token goes through. "
+            "Costs of this model are not known."
         )
-    return chosen, len(experts)
+    chosen = {int(each) for each in known} if isinstance(known, (list, tuple)) else {int(known)}
+    if len(chosen) > 1 or len(experts) > 1:
+        raise BitwrightError(
+            f"{name}: layers have {sorted(experts)} experts, of which a token goes through {sorted(chosen)}. "
+            "Costs are known only where all layers are alike."
+        )
+    return chosen.pop(), experts.pop()
+
+
+def _experts_per_layer(sites: tuple[Site, ...]) -> set[int]:
+    """Return how many experts a layer has; more than one number where layers differ."""
+    numbers: dict[str, set[int]] = {}
+    for site in sites:
+        if site.kind != "expert":
+            continue
+        if site.index is not None:
+            numbers.setdefault(site.parameter, set()).add(site.index)
+        elif module := _EXPERT_MODULE.match(site.name):
+            numbers.setdefault(module["place"], set()).add(int(module["number"]))
+    return {len(each) for each in numbers.values()}

@@ -211,12 +211,5 @@ def _block_activations(shape: ModelShape, block: str, adapted: Mapping[str, int]
             numbers = site.in_features + site.out_features
             copy = site.in_features if itemsize != torch.float32.itemsize else 0
             adapter = torch.float32.itemsize * (rank + copy) if site.name in adapted else 0
-            total += _share(shape, site) * (numbers * itemsize + adapter)
+            total += shape.share(site) * (numbers * itemsize + adapter)
     return total
-
-
-def _share(shape: ModelShape, site: Site) -> float:
-    if site.kind != "expert" or shape.routed is None:
-        return 1.0
-    chosen, among = shape.routed
-    return chosen / among
