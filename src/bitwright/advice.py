@@ -34,6 +34,7 @@ class Advice:
     Attributes:
         model: as it was given.
         num_parameters: of the model.
+        num_active_parameters: those that one token meets; fewer only in a mixture of experts.
         scenario: its name.
         hardware: name of the device; None without one.
         work: what it is used for.
@@ -46,6 +47,7 @@ class Advice:
 
     model: str
     num_parameters: int
+    num_active_parameters: int
     scenario: str
     hardware: str | None
     work: Workload
@@ -107,6 +109,7 @@ def advise(
     return Advice(
         model=str(source),
         num_parameters=shape.num_parameters,
+        num_active_parameters=shape.num_active_parameters,
         scenario=scenario,
         hardware=None if device is None else device.name,
         work=work,
@@ -189,9 +192,17 @@ def _commands(
 
 
 def _notes(shape: ModelShape, now: Situation) -> list[str]:
-    notes = ["times are what the device's peaks allow; engines reach a part of that"]
+    refused: dict[str, list[str]] = {}
+    for option in now.options:
+        if option.scheme is not None and option.note:
+            refused.setdefault(option.note, []).append(option.scheme)
+    notes = [f"{', '.join(schemes)}: not possible. {reason}" for reason, schemes in refused.items()]
+    if now.hardware is not None:
+        notes.append("times are what the device's peaks allow; engines reach a part of that")
     if now.hardware is not None and now.hardware.note:
         notes.append(f"{now.hardware.name}: {now.hardware.note}")
+    if shape.routed is not None:
+        notes += _expert_notes(*shape.routed, now.work)
     if shape.max_context is not None and now.work.context > shape.max_context:
         notes.append(f"the model was made for {shape.max_context} tokens, and the context is {now.work.context}")
     if now.scenario == "finetune":
@@ -201,6 +212,15 @@ def _notes(shape: ModelShape, now: Situation) -> list[str]:
     if dense is not None and dense.cache_bytes > dense.weight_bytes:
         notes.append("the cache is larger than the weights: --kv-bits 8 saves more than fewer bits of weights would")
     return notes
+
+
+def _expert_notes(chosen: int, experts: int, work: Workload) -> list[str]:
+    woken = experts * (1.0 - (1.0 - chosen / experts) ** work.batch)
+    return [
+        f"a token goes through {chosen} of {experts} experts in a layer, and a step of {work.batch} through {woken:.3g} of "
+        "them if the router chooses evenly: all experts fill memory, and only these are read. Routers stay in 16 bit",
+        f"an expert sees {chosen / experts:.0%} of the calibration text: take more of it (--samples) than for a dense model",
+    ]
 
 
 def _check(context: int | None, prompt: int | None, batch: int | None, kv_bits: float, max_loss: float | None) -> None:

@@ -138,6 +138,8 @@ def _weights_or_both(now: Situation) -> Answer:
     """W4A16 or W8A8: what decides is whether the device waits for memory or for arithmetic."""
     question = "Weights alone (W4A16), or activations too (W8A8)?"
     weights, both = now.option(Q4), now.option(Q8_BOTH)
+    if both.size_bytes is None and weights.size_bytes is not None:
+        return Answer(question=question, answer="weights alone", reason=f"W8A8 is not possible: {both.note}")
     if weights.speed is None or both.speed is None or now.hardware is None:
         reason = (
             "one sequence at a time waits for memory, which fewer bits of weights relieve; name a device for figures"
@@ -162,6 +164,8 @@ def _weights_or_both(now: Situation) -> Answer:
 
 def _which(now: Situation, chosen: Option | None) -> Answer:
     question = "Which scheme?"
+    if chosen is None and all(option.memory is None for option in now.options if option.scheme is not None):
+        return Answer(question=question, answer="none is possible", reason=now.option(Q4).note)
     if chosen is None:
         least = min((o.memory.total_bytes for o in now.options if o.memory is not None), default=0)
         reason = (

@@ -74,7 +74,10 @@ def advice_tables(found: "Advice") -> list[Table]:
 
 def _answers(found: "Advice") -> Table:
     where = f"{found.scenario}, {found.hardware or 'no device named'}"
-    title = f"{found.model} ({found.num_parameters / 1e9:.3g} billion parameters): {where}"
+    size = f"{found.num_parameters / 1e9:.3g} billion parameters"
+    if found.num_active_parameters < found.num_parameters:
+        size += f", of which a token meets {found.num_active_parameters / 1e9:.3g}"
+    title = f"{found.model} ({size}): {where}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("question", "answer", "because"):
         table.add_column(column, overflow="fold")
@@ -103,7 +106,7 @@ def _figures(found: "Advice") -> Table:
 
 def _cells(option: "Option", batch: int) -> list[str]:
     if option.size_bytes is None or option.memory is None or option.bits_per_weight is None:
-        return ["does not fit the shapes", *[_UNKNOWN] * 8]
+        return ["not possible", *[_UNKNOWN] * 8]
     speed = option.speed
     return [
         f"{option.size_bytes / 1e9:.3g}",

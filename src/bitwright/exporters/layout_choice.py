@@ -37,14 +37,14 @@ def choose_layouts(
         dtype: the model's, as its configuration says.
         stored: of the weight of each site in the checkpoint, which its scales have too.
     Raises:
-        ShapeError: transposed weights (GPT-2's Conv1D), which no layout holds.
+        ShapeError: transposed weights (GPT-2's Conv1D, experts of gpt-oss), which no layout holds.
         RecipeError: the layout asked for cannot hold a site, or transformers could not read it back.
     """
     quantized = {site: scheme for site in sites if (scheme := plan[site.name].effective) is not None}
     for site in quantized:
         if site.transposed:
             raise ShapeError(
-                f"{site.name}: stored as [in, out] (Conv1D), which compressed-tensors cannot hold. "
+                f"{site.name}: stored as [in, out] (GPT-2's Conv1D, experts of gpt-oss), which no layout holds. "
                 "Ignore it, or convert the model to Linear weights first."
             )
     chosen = {site.name: layout_of(scheme, site.in_features, dtype) for site, scheme in quantized.items()}
@@ -88,13 +88,17 @@ def _ct_problem(
             "symmetric scheme. Give them one, by a rule if the other sites have another."
         )
     for site, scheme in quantized.items():
+        if site.index is not None and (scheme.activations is not None or chosen[site.name] != PACKED):
+            return (
+                f"{site.name}: experts in one 3-D parameter can be W<bits>A16 only. Give them such a scheme by a "
+                "rule, or ignore them."
+            )
+    for site, scheme in quantized.items():
         if chosen[site.name] is None:
             return (
                 f"{site.name}: {scheme} with {site.in_features} columns, in a {_name(dtype)} model, cannot be held by "
                 "compressed-tensors. Use layout bitwright, or a scheme that `bitwright formats` lists for it."
             )
-        if site.index is not None and (scheme.activations is not None or chosen[site.name] != PACKED):
-            return f"{site.name}: experts in one 3-D parameter can be W<bits>A16 only, not {scheme}."
     others = {scheme for site, scheme in quantized.items() if site.index is None}
     packed = {scheme for site, scheme in quantized.items() if site.index is None and chosen[site.name] == PACKED}
     if len(others) > 1 and any(_has_zero_point(scheme) for scheme in packed):
