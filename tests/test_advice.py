@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from transformers import GptOssConfig, MixtralConfig
 from typer.testing import CliRunner
 
 from bitwright.advice import advise
-from bitwright.advice_answers import method_for
+from bitwright.advice_answers import duration, method_for
+from bitwright.budget import parse_size
 from bitwright.cli.advise_command import advise as command
 from bitwright.errors import RecipeError, UnknownName
 from bitwright.methods.composition import compose
@@ -23,7 +25,8 @@ def test_every_scenario_answers_for_seven_billion(scenario: str) -> None:
     found = advise(CONFIGS / "llama-2-7b.json", scenario=scenario)
     assert [option.scheme for option in found.options] == [None, *MENU]
     assert found.scheme is not None
-    assert found.commands[0].startswith(f"bitwright quantize MODEL --scheme {found.scheme} ")
+    first = "train qlora MODEL --data TEXT" if scenario == "finetune" else "quantize MODEL"
+    assert found.commands[0].startswith(f"bitwright {first} --scheme {found.scheme} ")
     assert all(answer.reason for answer in found.answers)
     assert any(line.startswith("bitwright search ") for line in found.commands) == (scenario in ("cloud", "edge"))
     lost = next(answer for answer in found.answers if answer.question == "What will be lost?")
@@ -38,6 +41,17 @@ def test_thirteen_billion_in_4_bits_is_what_the_founding_text_says() -> None:
     sizes = {option.scheme: option.size_bytes for option in found.options}
     assert round((sizes[None] or 0) / 1e9) == 26
     assert round((sizes["W4A16-g128"] or 0) / 1e9) == 7
+
+
+def test_the_search_has_the_memory_of_the_scheme_that_was_chosen() -> None:
+    """Not the memory of the device, in which 16 bit would fit and nothing would be left to search."""
+    found = advise(CONFIGS / "llama-2-7b.json", scenario="cloud")
+    chosen = next(option for option in found.options if option.scheme == found.scheme)
+    assert chosen.memory is not None
+    (search,) = (line for line in found.commands if line.startswith("bitwright search "))
+    words = shlex.split(search)
+    limit = parse_size(words[words.index("--fit") + 1], "--fit")
+    assert chosen.memory.total_bytes <= limit < chosen.memory.total_bytes + 1e7
 
 
 def test_seventy_billion_fits_one_device_only_in_4_bits() -> None:
@@ -79,6 +93,48 @@ def test_methods_exist_and_need_text_only_where_there_is_some(scheme: str, data:
     compose(method)
     assert reason
     assert data != "none" or method in ("rtn", "hqq")
+
+
+MOE = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    MixtralConfig(**MOE).save_pretrained(tmp_path)
+    found = advise(tmp_path, scenario="cloud")
+    assert found.num_active_parameters < found.num_parameters
+    assert found.scheme in ("W8A16-channel", "W4A16-g128")
+    assert any(
+        "through 2 of 8 experts in a layer, and a step of 16 through 7.92 of them" in note for note in found.notes
+    )
+    (refused,) = (note for note in found.notes if "not possible" in note)
+    assert refused.startswith(
+        "W8A8, fp8, nf4-b64-dq, ternary: not possible. model.layers.0.mlp.experts.gate_up_proj[0]:"
+    )
+    both = next(answer for answer in found.answers if "W8A8" in answer.question)
+    assert both.answer == "weights alone"
+    assert both.reason.startswith("W8A8 is not possible: model.layers.0.mlp.experts")
+
+
+def test_a_model_that_no_layout_holds(tmp_path: Path) -> None:
+    """The experts of gpt-oss are stored as [in, out]."""
+    GptOssConfig(**MOE, layer_types=["full_attention"] * 2, rope_parameters={"rope_type": "default"}).save_pretrained(
+        tmp_path
+    )
+    found = advise(tmp_path, scenario="mobile")
+    assert (found.scheme, found.commands) == (None, ())
+    which = next(answer for answer in found.answers if answer.question == "Which scheme?")
+    assert which.answer == "none is possible"
+    assert "gate_up_proj[0]: stored as [in, out]" in which.reason
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04567, "45.7 ms"), (0.9994, "999 ms"), (6.726, "6.73 s"), (1234.5, "1,234 s")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_the_command_prints_json_and_tables() -> None:

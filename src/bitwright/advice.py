@@ -4,6 +4,7 @@ Sizes come from shapes and are exact but for what methods add. Speeds are bounds
 What would need text, a training run or a device is not guessed; the answer then says what to run to know it.
 """
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -105,7 +106,7 @@ def advise(
     options = (_option(shape, None, work, device, {}), *(_option(shape, s, work, device, proxies) for s in MENU))
     now = Situation(scenario=scenario, work=work, hardware=device, data=data, options=options)
     chosen = choose(now)
-    scheme = None if chosen is None else chosen.scheme
+    model_name = NO_WEIGHTS_NAME if model is None else shlex.quote(str(source))
     return Advice(
         model=str(source),
         num_parameters=shape.num_parameters,
@@ -115,8 +116,8 @@ def advise(
         work=work,
         options=options,
         answers=tuple(answers_of(now, chosen)),
-        scheme=scheme,
-        commands=_commands(NO_WEIGHTS_NAME if model is None else str(source), scheme, now, name, max_loss),
+        scheme=None if chosen is None else chosen.scheme,
+        commands=() if chosen is None else _commands(model_name, chosen, now, name, max_loss),
         notes=tuple(_notes(shape, now)),
     )
 
@@ -166,14 +167,17 @@ def _option(
 
 
 def _commands(
-    model: str, scheme: str | None, now: Situation, hardware: str | None, max_loss: float | None
+    model: str, chosen: Option, now: Situation, hardware: str | None, max_loss: float | None
 ) -> tuple[str, ...]:
-    if scheme is None:
-        return ()
+    assert chosen.scheme is not None
+    assert chosen.memory is not None
+    scheme = chosen.scheme
+    if now.scenario == "finetune":
+        train = f"bitwright train qlora {model} --data TEXT --scheme {scheme} --out runs/qlora"
+        return (train, "bitwright merge runs/qlora --how dense --out runs/merged")
     method, _ = method_for(scheme, now.data)
-    model = shlex.quote(model) if model != NO_WEIGHTS_NAME else model
-    text = "" if method in ("rtn", "hqq") else " --calibration TEXT"
     gate = "" if max_loss is None else f" --max-kl {max_loss:g}"
+    text = "" if method in ("rtn", "hqq") else " --calibration TEXT"
     folder = f"runs/{scheme}-{method}".lower()
     compared = ",".join(dict.fromkeys(("rtn", method)))
     commands = [
@@ -181,10 +185,11 @@ def _commands(
         f"bitwright evaluate {folder} --text HELD_OUT_TEXT",
         f"bitwright bench {model} --schemes {scheme} --methods {compared}{text} --text HELD_OUT_TEXT --out runs/bench",
     ]
-    if now.hardware is not None and hardware is not None and now.data != "none" and now.scenario != "finetune":
-        room = MEMORY_SHARE * now.hardware.memory_gb
+    if hardware is not None and now.data != "none":
+        # What the chosen scheme takes, so that the search looks for a better mix in the same memory.
+        room = math.ceil(chosen.memory.total_bytes / 1e7) / 100
         commands.append(
-            f"bitwright search {model} --calibration TEXT --fit {room:.1f}GB --hardware {shlex.quote(hardware)} "
+            f"bitwright search {model} --calibration TEXT --fit {room:.2f}GB --hardware {shlex.quote(hardware)} "
             f"--context {now.work.context} --batch {now.work.batch} --kv-bits {now.work.kv_bits:g}{gate} "
             "--out runs/search"
         )
@@ -207,7 +212,6 @@ def _notes(shape: ModelShape, now: Situation) -> list[str]:
         notes.append(f"the model was made for {shape.max_context} tokens, and the context is {now.work.context}")
     if now.scenario == "finetune":
         notes.append("adapters, their optimiser states and the activations of training come on top of these figures")
-        notes.append("bitwright trains no adapters: for training, bitsandbytes loads the original in nf4 by itself")
     dense = now.option(None).memory
     if dense is not None and dense.cache_bytes > dense.weight_bytes:
         notes.append("the cache is larger than the weights: --kv-bits 8 saves more than fewer bits of weights would")

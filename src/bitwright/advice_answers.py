@@ -145,14 +145,15 @@ def _weights_or_both(now: Situation) -> Answer:
             "one sequence at a time waits for memory, which fewer bits of weights relieve; name a device for figures"
         )
         return Answer(question=question, answer="weights alone for one user", reason=reason)
+    batch = now.work.batch
     figures = (
-        f"a step of {now.work.batch} tokens takes at least {milliseconds(weights.speed.decode_s)} (W4A16) or "
-        f"{milliseconds(both.speed.decode_s)} (W8A8)"
+        f"a step of {_count(batch, 'token')} takes at least {duration(weights.speed.decode_s)} (W4A16) or "
+        f"{duration(both.speed.decode_s)} (W8A8)"
     )
     if weights.speed.prefill_s is not None and both.speed.prefill_s is not None:
         figures += (
-            f", prompts of {now.work.prompt_tokens} tokens {milliseconds(weights.speed.prefill_s)} or "
-            f"{milliseconds(both.speed.prefill_s)}"
+            f", {_count(batch, 'prompt')} of {_count(now.work.prompt_tokens, 'token')} "
+            f"{duration(weights.speed.prefill_s)} or {duration(both.speed.prefill_s)}"
         )
     if not (weights.has_kernel or both.has_kernel):
         return Answer(
@@ -164,8 +165,10 @@ def _weights_or_both(now: Situation) -> Answer:
 
 def _which(now: Situation, chosen: Option | None) -> Answer:
     question = "Which scheme?"
-    if chosen is None and all(option.memory is None for option in now.options if option.scheme is not None):
-        return Answer(question=question, answer="none is possible", reason=now.option(Q4).note)
+    place = SCENARIOS[now.scenario]
+    refused = [now.option(scheme).note for scheme in (*place.candidates, *place.smaller)]
+    if chosen is None and all(refused):
+        return Answer(question=question, answer="none is possible", reason=refused[0])
     if chosen is None:
         least = min((o.memory.total_bytes for o in now.options if o.memory is not None), default=0)
         reason = (
@@ -179,8 +182,9 @@ def _which(now: Situation, chosen: Option | None) -> Answer:
     elif not chosen.has_kernel:
         reason = "it fits, but no kernel is known for this device: it saves disk, and no time"
     else:
-        seconds = _request_seconds(now, chosen)
-        reason = f"the most faithful within {WORTH - 1:.0%} of the fastest: at least {seconds:.3g} s per request"
+        requests = "a request" if now.work.batch == 1 else f"{now.work.batch} requests at once"
+        seconds = duration(_request_seconds(now, chosen))
+        reason = f"the most faithful within {WORTH - 1:.0%} of the fastest: at least {seconds} for {requests}"
     return Answer(question=question, answer=chosen.scheme, reason=reason)
 
 
@@ -236,9 +240,18 @@ def _request_seconds(now: Situation, option: Option) -> float:
 
 def gigabytes(value: float) -> str:
     """10^9 bytes, to three digits."""
-    return f"{value / GIGA:.3g} GB"
+    return f"{three_digits(value / GIGA)} GB"
 
 
-def milliseconds(value: float) -> str:
-    """Seconds as milliseconds, to three digits."""
-    return f"{1e3 * value:.3g} ms"
+def duration(seconds: float) -> str:
+    """Milliseconds below a second, to three digits."""
+    return f"{three_digits(seconds)} s" if seconds >= 1 else f"{three_digits(1e3 * seconds)} ms"
+
+
+def three_digits(value: float) -> str:
+    """At least three digits, and never an exponent for a large number."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

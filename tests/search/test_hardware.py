@@ -14,6 +14,7 @@ from bitwright.search.hardware import hardware_names, load_hardware
 def test_profiles_load_and_say_where_they_are_from(name: str) -> None:
     hardware = load_hardware(name)
     assert hardware.source
+    assert "2026" in hardware.checked
     assert all(kernel.source for kernel in hardware.kernels)
     assert hardware.memory_bytes > hardware.bytes_per_s / 1000
 
@@ -22,6 +23,16 @@ def test_all_profiles_are_there() -> None:
     assert {"a100-80gb", "apple-m2-max", "apple-m3-max", "h100-sxm", "h200", "jetson-orin", "rtx-4090", "t4"} == set(
         hardware_names()
     )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "takes"),
+    [("W4A16-g128", True), ("W4A16-g128-asym", False), ("W8A8", True), ("fp8", True), ("fp8-a16", False)],
+)
+def test_kernels_for_experts(scheme: str, takes: bool) -> None:
+    hardware, wanted = load_hardware("h100-sxm"), Scheme.parse(scheme)
+    assert hardware.kernel(wanted) is not None
+    assert (hardware.kernel(wanted, "expert") is not None) == takes
 
 
 @pytest.mark.parametrize(
@@ -40,6 +51,8 @@ def test_all_profiles_are_there() -> None:
         ("t4", "W8A8", "int8"),
         ("rtx-4090", "nvfp4-a16", "bf16"),
         ("rtx-4090", "mxfp4-a16", None),
+        ("apple-m2-max", "mxfp4-a16", "bf16"),
+        ("apple-m2-max", "W5A16-g64", "bf16"),
     ],
 )
 def test_kernels(hardware: str, scheme: str, arithmetic: str | None) -> None:

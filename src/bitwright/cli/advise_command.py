@@ -90,10 +90,14 @@ def _figures(found: "Advice") -> Table:
     work = found.work
     caption = (
         f"memory: with a full cache, {work.batch} × {work.context} tokens in {work.kv_bits:g} bits; tokens/s: at most, "
-        "all sequences together; J: per token at the rated watts; SQNR: of sampled weights"
+        "all sequences together; J: at the rated watts; SQNR: of sampled weights. Without a kernel codes are decoded "
+        "to 16 bit first, and lie and move in these"
     )
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    columns = ("scheme", "GB on disk", "bits", "GB in memory", "fits", "kernel", "tokens/s", "prompt s", "J", "SQNR dB")
+    columns = (
+        "scheme", "GB on disk", "bits/weight", "GB in memory", "fits", "kernel", "tokens/s", "prompt s", "J/token",
+        "SQNR dB",
+    )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "scheme" else "right", overflow="fold")
     for option in found.options:
@@ -109,9 +113,9 @@ def _cells(option: "Option", batch: int) -> list[str]:
         return ["not possible", *[_UNKNOWN] * 8]
     speed = option.speed
     return [
-        f"{option.size_bytes / 1e9:.3g}",
+        _number(option.size_bytes / 1e9),
         f"{option.bits_per_weight:.2f}",
-        f"{option.memory.total_bytes / 1e9:.3g}",
+        _number(option.memory.total_bytes / 1e9),
         {True: "yes", False: "no", None: _UNKNOWN}[option.fits],
         _UNKNOWN if option.scheme is None else {True: "yes", False: "no", None: _UNKNOWN}[option.has_kernel],
         _number(None if speed is None else batch / speed.decode_s),
@@ -122,4 +126,6 @@ def _cells(option: "Option", batch: int) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return _UNKNOWN if value is None else f"{value:.3g}"
+    from bitwright.advice_answers import three_digits
+
+    return _UNKNOWN if value is None else three_digits(value)
