@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bitwright.model.layouts import own
-from bitwright.model.sites import Site, modules_of
+from bitwright.model.sites import modules_of
 from bitwright.nn.linear import QuantizedLinear
 from bitwright.recipe import matches
 from bitwright.schemes import Scheme
