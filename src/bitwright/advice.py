@@ -221,8 +221,9 @@ def _notes(shape: ModelShape, now: Situation) -> list[str]:
 def _expert_notes(chosen: int, experts: int, work: Workload) -> list[str]:
     woken = experts * (1.0 - (1.0 - chosen / experts) ** work.batch)
     return [
-        f"a token goes through {chosen} of {experts} experts in a layer, and a step of {work.batch} through {woken:.3g} "
-        "of them if the router chooses evenly: all experts fill memory, and only these are read. Routers stay in 16 bit",
+        f"a token goes through {chosen} of {experts} experts in a layer, and a step of {work.batch} through "
+        f"{woken:.3g} of them if the router chooses evenly: all experts fill memory, and only these are read. Routers "
+        "stay in 16 bit",
         f"an expert sees {chosen / experts:.0%} of the calibration text: take more of it (--samples) than for a dense "
         "model",
     ]
