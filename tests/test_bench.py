@@ -12,10 +12,11 @@ import pytest
 
 from bitwright.bench import BenchResult, launch_worker, run_bench
 from bitwright.bench_grid import BenchFolder, plan_cells, read_record
-from bitwright.bench_worker import ORPHANED, measure
+from bitwright.bench_worker import measure
 from bitwright.errors import DataError, RecipeError, RunError, UnknownName
 from bitwright.pipeline import evaluate
 from bitwright.progress import Progress
+from bitwright.worker_process import ORPHANED
 
 SCHEMES = ("W4A16-g32", "W3A16-g32")
 Grid = Callable[..., BenchResult]

@@ -6,18 +6,13 @@ cell again.
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitwright.bench_grid import FINISHED, REFERENCE, BenchFolder, Cell, finish_record, new_record, plan_cells
@@ -41,6 +36,7 @@ from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Calibration, Recipe
 from bitwright.records import write_json_atomic, write_text_atomic
 from bitwright.reports.bench_page import bench_markdown, write_bench_page
+from bitwright.worker_process import run_worker
 
 PACKAGES = ("bitwright", "torch", "transformers")
 
@@ -253,24 +249,4 @@ def _write_tables(folder: BenchFolder) -> list[dict[str, Any]]:
 def launch_worker(record: Path, progress: Progress) -> str | None:
     """Measure a cell in a new process of this interpreter; return why it could not be measured, or None."""
     log = record.parent.parent / "work" / f"{record.stem}.log"
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ}
-    command = [sys.executable, "-m", "bitwright.bench_worker", str(record)]
-    with (
-        log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as process,
-    ):
-        try:
-            for line in process.stdout or ():
-                what, done, total = json.loads(line)
-                progress(what, done, total)
-            status = process.wait()
-        finally:
-            process.kill()
-    if status == 0:
-        return None
-    if status < 0:
-        return f"its process was killed by {signal.Signals(-status).name}, perhaps for want of memory"
-    said = log.read_text(encoding="utf-8", errors="replace").strip()
-    return said.splitlines()[-1] if said else f"its process ended with status {status}"
+    return run_worker("bitwright.bench_worker", record, log, progress)

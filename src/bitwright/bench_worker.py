@@ -2,14 +2,10 @@
 
     python -m bitwright.bench_worker RECORD
 
-Reads what is asked from the record, leaves the figures there, and prints its progress as JSON lines. It ends with the
-process that started it, whose end closes its standard input.
+Reads what is asked from the record and leaves the figures there; see `worker_process`.
 """
 
-import json
-import os
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,7 +18,7 @@ from torch import Tensor
 
 from bitwright.bench_grid import REFERENCE, BenchFolder, finish_record, read_record
 from bitwright.data.windows import hash_tokens
-from bitwright.errors import BitwrightError, DataError, RecipeError, ShapeError, UnknownName, VerificationError
+from bitwright.errors import DataError, RecipeError, ShapeError, UnknownName, VerificationError
 from bitwright.evaluation.score import Scorer
 from bitwright.evaluation.streamed import final_hidden, score_heads
 from bitwright.model.activations import Activations
@@ -33,13 +29,13 @@ from bitwright.progress import Progress
 from bitwright.recipe import Recipe
 from bitwright.records import Environment, write_json_atomic
 from bitwright.runs import RunDirectory
+from bitwright.worker_process import serve
 
 RESULTS = (
     "bits_per_weight", "ideal_bits_per_weight", "model_bits_per_parameter", "size_bytes", "original_size_bytes",
     "seconds", "quantize_seconds", "peak_memory_bytes", "quantize_held_bytes", "quantize_peak_bytes", "layouts",
     "result_hash",
 )  # fmt: skip
-ORPHANED = 3
 
 
 def measure(file: Path, progress: Progress) -> None:
@@ -131,28 +127,5 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Entry point of the process."""
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no progress
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def progress(what: str, done: int, total: int) -> None:
-        print(json.dumps([what, done, total]), file=channel, flush=True)
-
-    try:
-        measure(Path(sys.argv[1]), progress)
-    except BitwrightError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock a thread would keep beyond the interpreter's end
-        pass
-    os._exit(ORPHANED)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(measure))
