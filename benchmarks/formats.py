@@ -37,12 +37,12 @@ from bitwright.errors import BitwrightError
 from bitwright.evaluation.score import Scorer
 from bitwright.evaluation.streamed import final_hidden
 from bitwright.model.stream import StreamedModel
-from bitwright.pipeline import model_directory, quantize
+from bitwright.pipeline import quantize
 from bitwright.preparation import model_sites, open_model, text_windows
 from bitwright.progress import no_progress
 from bitwright.recipe import Calibration, RangeMethod, Recipe
 from bitwright.records import Environment, read_jsonl, write_json_atomic
-from bitwright.runs import RunDirectory
+from bitwright.runs import RunDirectory, model_directory
 from bitwright.schemes import FAMILIES, Scheme
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,12 +21,12 @@ from bitwright.model.sites import modules_of
 from bitwright.model.stream import StreamedModel
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.nn.linear import QuantizedLinear
-from bitwright.pipeline import model_directory, quantize
+from bitwright.pipeline import quantize
 from bitwright.preparation import DTYPES, decide, model_sites, open_model
 from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Calibration, Recipe
-from bitwright.runs import RunDirectory
+from bitwright.runs import RunDirectory, model_directory
 from bitwright.schemes import Scheme
 from bitwright.search.model_shape import shape_of_model
 from bitwright.train.adapter_files import base_hash, save_adapters

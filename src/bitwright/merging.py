@@ -38,12 +38,12 @@ from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
 from bitwright.model.layouts import own
 from bitwright.outcome import gate_failure
-from bitwright.pipeline import Trained, model_directory, quantize
+from bitwright.pipeline import Trained, quantize
 from bitwright.preparation import DTYPES, open_model
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Calibration, Recipe
 from bitwright.records import append_jsonl, read_jsonl, write_json_atomic
-from bitwright.runs import RUN_FILE, RunDirectory
+from bitwright.runs import RUN_FILE, RunDirectory, model_directory
 from bitwright.schemes import Scheme
 from bitwright.train.adapter_files import CONFIG, base_hash, load_adapters, read_adapters
 from bitwright.train.group_adapter import add_group_adapters

@@ -41,7 +41,7 @@ from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl
-from bitwright.runs import RUN_FILE, RunDirectory, open_run
+from bitwright.runs import RunDirectory, model_directory, open_run, run_behind
 from bitwright.train.given_sites import GivenSites
 from bitwright.transformation import transformed
 from bitwright.walk import FISHER, GUIDED, Walk, needs_gradients
@@ -281,14 +281,6 @@ def _asked(model: str | Path, job: Job) -> dict[str, Any]:
     }
 
 
-def model_directory(target: str | Path) -> str | Path:
-    """The model directory behind a run directory; anything else is returned as it is."""
-    path = Path(target)
-    if not (path / RUN_FILE).is_file():
-        return target
-    return open_run(path).model
-
-
 def evaluate(
     target: str | Path,
     text: str,
@@ -313,7 +305,7 @@ def evaluate(
     longest = min(max_length(model) or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     length = longest if seqlen is None else seqlen
     windows = text_windows(model, text, length, trust_remote_code=trust_remote_code)
-    run = _run_behind(target)
+    run = run_behind(target)
     if run is not None:
         _require_unseen(run, windows, text)
     windows = windows[:max_windows]
@@ -339,14 +331,6 @@ def evaluate(
     if run is not None:
         append_jsonl(run.records, {"kind": "evaluate", **circumstances, **asdict(score)})
     return score, circumstances
-
-
-def _run_behind(target: str | Path) -> RunDirectory | None:
-    """The finished run that a target is, or whose model directory it is."""
-    for path in (Path(target), Path(target).absolute().parent):
-        if (path / RUN_FILE).is_file() and (path == Path(target) or Path(target).name == RunDirectory(path).model.name):
-            return open_run(path)
-    return None
 
 
 def _require_unseen(run: RunDirectory, windows: Any, text: str) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from bitwright.calibration.self_text import generate_windows
 from bitwright.data.corpora import load_corpus
 from bitwright.data.windows import hash_tokens, sample_windows, split_windows, tokenise
-from bitwright.errors import CheckpointError, DataError, RecipeError
+from bitwright.errors import CheckpointError, DataError, RecipeError, RunError
 from bitwright.exporters.layout_choice import choose_layouts
 from bitwright.methods.composition import check_composition, needs_own_layout, needs_text, require_known
 from bitwright.methods.solvers import has_own_tables
@@ -84,6 +84,22 @@ def open_model(source: str | Path, *, device: str, dtype: str, trust_remote_code
     return StreamedModel(
         open_checkpoint(source), device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
     )
+
+
+def open_original(run: RunDirectory, given: str | None, *, device: str, trust_remote_code: bool) -> StreamedModel:
+    """Open the model that a finished run was made of: the one given, else where the run found it.
+
+    Raises:
+        RunError: it is another model.
+        CheckpointError: it cannot be read.
+    """
+    info = run.info
+    assert info is not None
+    source = given or str(info["asked"]["model"])
+    opened = open_model(source, device=device, dtype="float32", trust_remote_code=trust_remote_code)
+    if opened.skeleton.checkpoint.audit() != info["asked"]["model_hash"]:
+        raise RunError(f"{source}: not the model that {run.path} was made of. Give it with --original.")
+    return opened
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:

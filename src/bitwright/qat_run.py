@@ -27,7 +27,7 @@ from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl, read_jsonl
-from bitwright.runs import RunDirectory
+from bitwright.runs import TRAINED_CODES, RunDirectory
 from bitwright.schemes import Scheme
 from bitwright.train.distillation import towards
 from bitwright.train.engine import Curve, fit, next_token_loss
@@ -50,7 +50,7 @@ from bitwright.training_run import (
 )
 from bitwright.training_text import TrainingText
 
-QUANTIZED, SITES, DENSE = "4-quantized", "sites", "dense"
+SITES, DENSE = "sites", "dense"
 Loss = Literal["kl", "cross_entropy"]
 
 
@@ -149,7 +149,7 @@ def train_quantized(
     results = carry_out(run, asked, work, processes, fresh=fresh)
     info = run.info
     assert info is not None
-    return QatResult(run=run.path, results=results, quantized=run.path / QUANTIZED, failure=info.get("failure"))
+    return QatResult(run=run.path, results=results, quantized=run.path / TRAINED_CODES, failure=info.get("failure"))
 
 
 class _Work:
@@ -190,7 +190,7 @@ class _Work:
             rule if rule.scheme is None else replace(rule, method=TRAINED_ELSEWHERE) for rule in self.recipe.rules
         )
         recipe = replace(self.recipe, method=TRAINED_ELSEWHERE, transforms=(), repairs=(), rules=rules)
-        quantized = self._quantize(recipe, self.run.path / QUANTIZED, trained)
+        quantized = self._quantize(recipe, self.run.path / TRAINED_CODES, trained)
         original = score_in_memory(teacher, heldout)
         results = {
             "kind": "qat",
@@ -216,7 +216,7 @@ class _Work:
             "losses": list(curve.losses),
         }
         write_training_records(self.run, results)
-        inner = RunDirectory(self.run.path / QUANTIZED)
+        inner = RunDirectory(self.run.path / TRAINED_CODES)
         if not any(record["kind"] == "training" for record in read_jsonl(inner.records)):
             append_jsonl(inner.records, *(r for r in read_jsonl(self.run.records) if r["kind"] != "environment"))
         info = inner.info

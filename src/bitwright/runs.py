@@ -22,6 +22,8 @@ FIRST_FILES = (LOCK_FILE, f".{RUN_FILE}.tmp")
 """All that a start killed before it wrote run.json can leave."""
 _TEMPORARY = re.compile(r"\.tmp\w{6}|\..+\.tmp")  # safetensors' own, and ours
 WEIGHT_INDEX = "model.safetensors.index.json"
+TRAINED_CODES = "4-quantized"
+"""In a run of quantization-aware training: the run of the codes that were trained."""
 
 
 class RunDirectory:
@@ -195,6 +197,12 @@ class RunDirectory:
                 entry.unlink()
 
 
+def quantized_run(path: Path) -> Path:
+    """Return the run that has the quantized model: in quantization-aware training that of its codes, else itself."""
+    inner = path / TRAINED_CODES
+    return inner if (inner / RUN_FILE).is_file() else path
+
+
 def open_run(path: Path) -> RunDirectory:
     """Open a finished run for evaluation, export or the report.
 
@@ -207,3 +215,19 @@ def open_run(path: Path) -> RunDirectory:
     if not run.is_complete:
         raise RunError(f"{path}: the run is not finished. Give the same bitwright quantize command again to resume it.")
     return run
+
+
+def model_directory(target: str | Path) -> str | Path:
+    """The model directory behind a run directory; anything else is returned as it is."""
+    path = Path(target)
+    return open_run(quantized_run(path)).model if (path / RUN_FILE).is_file() else target
+
+
+def run_behind(target: str | Path) -> RunDirectory | None:
+    """The finished run that a target is, or whose model directory it is."""
+    path = Path(target)
+    if (path / RUN_FILE).is_file():
+        return open_run(quantized_run(path))
+    parent = path.absolute().parent
+    is_its_model = path.name == RunDirectory(parent).model.name and (parent / RUN_FILE).is_file()
+    return open_run(parent) if is_its_model else None

@@ -21,7 +21,7 @@ from bitwright.errors import ResourceError, RunError
 from bitwright.exporters.reload import load, logits
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.outcome import GATE_TOKENS
-from bitwright.preparation import load_tokenizer, open_model
+from bitwright.preparation import load_tokenizer, open_original
 from bitwright.progress import Progress, no_progress
 from bitwright.records import append_jsonl
 from bitwright.runs import RunDirectory, open_run
@@ -63,13 +63,8 @@ def record_samples(
         VerificationError: transformers cannot load one.
     """
     run = open_run(Path(path))
-    info = run.info
-    assert info is not None
-    source = original or str(info["asked"]["model"])
-    streamed = open_model(source, device=device, dtype="float32", trust_remote_code=trust_remote_code)
-    checkpoint = streamed.skeleton.checkpoint
-    if checkpoint.audit() != info["asked"]["model_hash"]:
-        raise RunError(f"{source}: not the model that {run.path} was made of. Give it with --original.")
+    opened = open_original(run, original, device=device, trust_remote_code=trust_remote_code)
+    checkpoint = opened.skeleton.checkpoint
     prompts = gate_prompts(run, num)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     written: list[list[str]] = []

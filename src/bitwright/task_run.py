@@ -16,11 +16,11 @@ from bitwright.evaluation.tasks import TaskScore, task_score
 from bitwright.exporters.reload import load
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
-from bitwright.pipeline import LONGEST_DEFAULT_WINDOW, model_directory
+from bitwright.pipeline import LONGEST_DEFAULT_WINDOW
 from bitwright.preparation import load_tokenizer, max_length, open_model
 from bitwright.progress import Progress, no_progress
 from bitwright.records import append_jsonl
-from bitwright.runs import RUN_FILE, open_run
+from bitwright.runs import RUN_FILE, model_directory, open_run, quantized_run
 
 LM_EVAL_BATCH = 8
 
@@ -224,4 +224,4 @@ def _without_questions(score: LmEvalScore) -> dict[str, Any]:
 def _record(target: str | Path, records: list[dict[str, Any]]) -> None:
     """Add to the records of a run; a model directory has none."""
     if (Path(target) / RUN_FILE).is_file():
-        append_jsonl(open_run(Path(target)).records, *records)
+        append_jsonl(open_run(quantized_run(Path(target))).records, *records)

@@ -16,9 +16,11 @@ from bitwright.cli.advise_command import advise
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
 from bitwright.cli.diagnose_command import diagnose
 from bitwright.cli.merge_command import merge
+from bitwright.cli.quantize_command import quantize
 from bitwright.cli.report_command import report
 from bitwright.cli.search_command import search
 from bitwright.cli.sensitivity_command import sensitivity
+from bitwright.cli.speed_command import speed
 from bitwright.cli.tasks_command import tasks
 from bitwright.cli.train_command import train
 from bitwright.errors import BitwrightError
@@ -135,63 +137,7 @@ def plant(
         show(testbed_table(planted))
 
 
-@app.command()
-def quantize(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Run directory; the same command resumes an interrupted run.")],
-    scheme: Annotated[
-        str | None, typer.Option(help="W4A16-g128, W8A8, nf4-b64-dq, fp8, mxfp4-a16 …; see bitwright formats.")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="rtn, gptq, auto …, or a composition such as awq+gptq+bias; see bitwright methods."),
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]], stdlib, or self.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Leave matching sites in 16 bit; may be repeated.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options given here override it.")] = None,
-    ragged: Annotated[
-        str | None, typer.Option(help="Rows that the group size does not divide: auto, refuse, divisor.")
-    ] = None,
-    layout: Annotated[str | None, typer.Option(help="How it is stored: auto, compressed-tensors or bitwright.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run left in --out.")] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Quantize a model into a run directory, measure what was lost, and fail if it is too much."""
-    from bitwright.cli.tables import estimate_line, run_table
-    from bitwright.pipeline import quantize as run
-    from bitwright.recipe_builder import build_recipe
-
-    given = {"scheme": scheme, "method": method, "ragged": ragged, "layout": layout, "max_kl": max_kl}
-    calibrate = {"text": calibration, "num_samples": samples, "seqlen": seqlen, "seed": seed}
-    wished = build_recipe(recipe, given, calibrate, ignore=ignore or ())
-    with ProgressBars(quiet=quiet or as_json) as progress:
-        result = run(
-            model,
-            wished,
-            out,
-            fresh=fresh,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            announce=lambda needed: None if quiet or as_json else show(estimate_line(needed)),
-        )
-    if as_json:
-        print_json({"run": str(result.run), "failure": result.failure, **result.results})
-    elif not quiet:
-        show(run_table(result))
-    if result.failure is not None:
-        fail(f"{result.run}: {result.failure}", 1)
+app.command()(quantize)
 
 
 @app.command()
@@ -342,7 +288,7 @@ def doctor(as_json: AsJson = False) -> None:
         show(doctor_table(found))
 
 
-for command in (sensitivity, search, advise, tasks, diagnose, merge, report):
+for command in (sensitivity, search, advise, tasks, speed, diagnose, merge, report):
     app.command()(command)
 app.add_typer(train, name="train")
 

@@ -9,11 +9,13 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
+from bitwright.cli.speed_command import MeasureSpeed, speed_of, speed_tables, speeds_json
 from bitwright.errors import RecipeError
 
 if TYPE_CHECKING:
     from bitwright.escalation import Applied
     from bitwright.mixture import Found
+    from bitwright.speed_run import MeasuredSpeed
 
 ENGINES = ("vllm", "transformers")
 NUM_SHOWN = 12
@@ -45,6 +47,7 @@ def search(
     polish: Annotated[int, typer.Option(min=0, help="Rounds of evolution on measured divergence.")] = 10,
     apply: Annotated[bool, typer.Option("--apply", help="Quantize what was found.")] = False,
     repair: Annotated[bool, typer.Option(help="With --apply: mend the worst sites until the gate holds.")] = True,
+    measure_speed: MeasureSpeed = False,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of windows and polish.")] = None,
@@ -67,6 +70,8 @@ def search(
 
     if engine not in ENGINES:
         raise RecipeError(f"--engine {engine}: unknown. Use {' or '.join(ENGINES)}.")
+    if measure_speed and not apply:
+        raise RecipeError("--measure-speed: there is nothing to run without --apply. Add it.")
     budget = Budget(
         fit_bytes=None if fit is None else parse_size(fit, "--fit"),
         size_bytes=None if size is None else parse_size(size, "--size"),
@@ -98,16 +103,21 @@ def search(
         def run(recipe: Recipe, folder: Path) -> QuantizeResult:
             return quantize(model, recipe, folder, progress=progress, **place)
 
-        applied = carry_out(found_by, found, chosen, out, run, repair=repair) if apply else None
+        applied, speeds = None, list["MeasuredSpeed"]()
+        if apply:
+            applied = carry_out(found_by, found, chosen, out, run, repair=repair)
+            speeds = speed_of(applied.result.run, measure_speed, device, trust_remote_code, progress)
     if as_json:
         entry = {"recipe": str(out / "recipe.yaml"), **asdict(found)}
         if applied is not None:
             entry |= {"run": str(applied.result.run), "failure": applied.failure, "results": applied.result.results}
+            entry |= speeds_json(speeds)
         print_json(entry)
     elif not quiet:
         show(_summary(found, out, applied), _mix_table(found), _frontier_table(found), width=PIPE_WIDTH)
         if applied is not None:
             _show_applied(applied)
+            show(*speed_tables(speeds))
     if applied is not None and applied.failure is not None:
         fail(f"{applied.result.run}: {applied.failure}", 1)
 

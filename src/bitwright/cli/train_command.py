@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
+from bitwright.cli.speed_command import MeasureSpeed, speed_of, speed_tables, speeds_json
 
 if TYPE_CHECKING:
     from bitwright.train.options import TrainingOptions
@@ -115,8 +116,8 @@ def qat(
     accumulation: Accumulation = 1,
     learning_rate: StepRate = 1e-3, weight_decay: Decay = 0.0, precision: Precision = "float32",
     checkpointing: Checkpointing = False, save_every: SaveEvery = 50, tensorboard: Tensorboard = False,
-    gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu", fresh: Fresh = False,
-    quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
+    gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu", measure_speed: MeasureSpeed = False,
+    fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Train quantized weights, from what a method has made of them towards the original model."""
     given = dict(locals())
@@ -135,7 +136,10 @@ def qat(
     )  # fmt: skip
     with ProgressBars(quiet=quiet or as_json) as progress:
         found = train_quantized(model, task, out, fresh=fresh, trust_remote_code=trust_remote_code, progress=progress)
-    _print(found.results, found.run, quiet=quiet, as_json=as_json)
+        speeds = speed_of(found.run, measure_speed and _speaks(), device, trust_remote_code, progress)
+    _print({**found.results, **speeds_json(speeds)}, found.run, quiet=quiet, as_json=as_json)
+    if not (quiet or as_json):
+        show(*speed_tables(speeds))
     if found.failure is not None:
         fail(f"{found.quantized}: {found.failure}", 1)
 
@@ -215,8 +219,13 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> Any:
     return value
 
 
+def _speaks() -> bool:
+    """Whether this process is the one of several that prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _print(results: dict[str, Any], run: Path, *, quiet: bool, as_json: bool) -> None:
-    if int(os.environ.get("RANK", "0")) > 0:  # one process of several speaks
+    if not _speaks():
         return
     if as_json:
         print_json({"run": str(run), **results})

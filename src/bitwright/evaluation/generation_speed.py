@@ -5,6 +5,7 @@ with the key-value cache, past any end of text. Batch size 1. A first repetition
 compiles what is compiled late. Times are those of this machine under the load that it had.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,14 @@ from torch import Tensor, nn
 from bitwright.errors import DataError, ResourceError, VerificationError
 from bitwright.evaluation.energy import Energy, EnergyMeter
 from bitwright.exporters.reload import load
-from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.checkpoint import Checkpoint, open_checkpoint
+from bitwright.model.layouts.stored import COMPRESSED_TENSORS
 from bitwright.model.skeleton import CONSTRUCTION_ERRORS
 from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
+
+USABLE_MEMORY = 0.8
+"""Share of the memory available that weights may take; the rest is for activations and the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +64,9 @@ class Speed:
         load_seconds: to load the model.
         memory_bytes: by which the process's resident size grew at its peak, loading included; on a GPU, the peak that
             was allocated there.
+        process_bytes: the process's resident size at its peak, Python and its libraries included.
+        weight_bytes: of all parameters and buffers while it runs. Transformers unpacks some layouts at the first use,
+            and then this is the dense model's.
         decode_j_per_token: energy of a new token, by counters that include what else runs; None where there are none.
         energy_note: the counters, or why there are none.
         device: where.
@@ -73,6 +81,8 @@ class Speed:
     decode_tokens_per_s: Rate
     load_seconds: float
     memory_bytes: int
+    process_bytes: int
+    weight_bytes: int
     decode_j_per_token: float | None
     energy_note: str
     device: str
@@ -104,14 +114,9 @@ def measure_speed(
         ResourceError: the whole model does not fit into memory.
         VerificationError: transformers cannot load or run it.
     """
-    _check_lengths(prompt_tokens, new_tokens, repeats)
+    check_lengths(prompt_tokens, new_tokens, repeats)
     checkpoint = open_checkpoint(model_dir)
-    available = psutil.virtual_memory().available
-    if checkpoint.num_bytes > 0.8 * available:
-        raise ResourceError(
-            f"{model_dir}: generation holds the whole model in memory: {checkpoint.num_bytes / 1e9:.1f} GB of weights, "
-            f"{available / 1e9:.1f} GB available. Use a larger machine."
-        )
+    require_memory(checkpoint)
     memory = PeakMemory()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -119,7 +124,7 @@ def measure_speed(
     model = load(checkpoint.path, trust_remote_code=trust_remote_code).to(device)
     load_seconds = time.perf_counter() - begun
     config: Any = model.config
-    _check_positions(config, model_dir, prompt_tokens + new_tokens)
+    check_positions(config, model_dir, prompt_tokens + new_tokens)
     vocabulary = int(config.get_text_config().vocab_size)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     prefills, decodes, energies = _repeat(model, model_dir, prompt, new_tokens, repeats, device, progress)
@@ -132,6 +137,8 @@ def measure_speed(
         decode_tokens_per_s=Rate.of(new_tokens - 1, decodes),
         load_seconds=load_seconds,
         memory_bytes=_peak_bytes(memory, device),
+        process_bytes=memory.whole_bytes,
+        weight_bytes=_held_bytes(model),
         decode_j_per_token=joules,
         energy_note=note,
         device=device,
@@ -140,7 +147,8 @@ def measure_speed(
     )
 
 
-def _check_lengths(prompt_tokens: int, new_tokens: int, repeats: int) -> None:
+def check_lengths(prompt_tokens: int, new_tokens: int, repeats: int) -> None:
+    """Raises DataError for what cannot be measured."""
     if prompt_tokens < 1 or new_tokens < 2 or repeats < 1:
         raise DataError(
             f"a prompt of {prompt_tokens} tokens, {new_tokens} new ones, {repeats} times: cannot be measured. "
@@ -148,10 +156,25 @@ def _check_lengths(prompt_tokens: int, new_tokens: int, repeats: int) -> None:
         )
 
 
-def _check_positions(config: Any, model_dir: Path, wanted: int) -> None:
+def check_positions(config: Any, model_dir: Path, wanted: int) -> None:
+    """Raises DataError for more tokens than a model, by its configuration, has positions."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and wanted > longest:
         raise DataError(f"{model_dir}: has {longest} positions, prompt and new tokens are {wanted}. Use fewer.")
+
+
+def require_memory(checkpoint: Checkpoint) -> None:
+    """Raises ResourceError if the whole model, as transformers runs it, does not fit into memory."""
+    needed = checkpoint.num_bytes
+    quantization: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
+    if quantization.get("quant_method") == COMPRESSED_TENSORS:  # which transformers unpacks at the first use
+        needed = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names) * checkpoint.dense_dtype.itemsize
+    available = psutil.virtual_memory().available
+    if needed > USABLE_MEMORY * available:
+        raise ResourceError(
+            f"{checkpoint.path}: generation holds the whole model in memory: {needed / 1e9:.1f} GB of weights, "
+            f"{available / 1e9:.1f} GB available. Use a larger machine."
+        )
 
 
 def _repeat(
@@ -204,3 +227,9 @@ def _peak_bytes(memory: PeakMemory, device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
     return memory.since_bytes - memory.held_bytes
+
+
+def _held_bytes(model: nn.Module) -> int:
+    """Bytes behind all parameters and buffers; what several share counts once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

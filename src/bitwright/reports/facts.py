@@ -13,10 +13,7 @@ from bitwright.errors import RunError
 from bitwright.reports.channels import ChannelFact, read_channels
 from bitwright.reports.entries import Figure, Records, figure, mapping_or_empty, read_entry
 from bitwright.reports.findings import Findings, read_findings
-from bitwright.runs import RUN_FILE, open_run
-
-TRAINED_CODES = "4-quantized"
-"""In a run of quantization-aware training: the run of the codes that were trained."""
+from bitwright.runs import RUN_FILE, open_run, quantized_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,12 +176,6 @@ class Facts:
         """The figure that ranks sites: the error of their output where it was measured, else of their weights."""
         has_output = any(site.output_sqnr_db is not None for site in self.sites)
         return "output_sqnr_db" if has_output else "weight_sqnr_db"
-
-
-def quantized_run(path: Path) -> Path:
-    """Return the run that has the quantized model: in quantization-aware training that of its codes, else itself."""
-    inner = path / TRAINED_CODES
-    return inner if (inner / RUN_FILE).is_file() else path
 
 
 def read_facts(path: Path) -> Facts:
