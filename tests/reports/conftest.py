@@ -101,6 +101,17 @@ class ExampleRun:
     def block(self, name: str, **changes: Any) -> dict[str, Any]:
         return {"kind": "block", "block": name, "seconds": 2.5, "hidden_sqnr_db": 19.7, **changes}
 
+    def speed(self, of: str, *, rate: float, spread: float = 1.0, **figures: float) -> dict[str, Any]:
+        """What `bitwright speed` records of one model; `spread` is the distance of the slowest and fastest decoding."""
+        details = {"prompt_tokens": 128, "new_tokens": 64, "dtype": "bfloat16", "num_threads": 2}
+        ends = {"slowest": rate - spread, "fastest": rate + spread}
+        values = {"decode_tokens_per_s": rate, "memory_bytes": 50_000_000, **figures}
+        measured = [
+            {"name": name, "value": value, "device": "cpu", "details": details | (ends if value == rate else {})}
+            for name, value in values.items()
+        ]
+        return {"kind": "speed", "of": of, "model": of, "energy_note": "rapl:package-0", "measurements": measured}
+
     def records(self) -> list[dict[str, Any]]:
         """Two blocks: one site of four by a rule, one by another method, one more kept in 16 bit."""
         first, second = "model.layers.0", "model.layers.1"
@@ -147,7 +158,8 @@ class ExampleRun:
             {**repair, "step": 1, "site": f"{second}.o_proj", "kl_before": 0.8, "kl_after": 0.2},
             {"kind": "generation", "prompt": "Once", "before": " upon a time", "after": " upon a hill"},
             {"kind": "generation", "prompt": "Twice", "before": " over", "after": " over"},
-            {"kind": "speed", "device": "cpu", "decode_tokens_per_s": {"median": 21.5}, "decode_j_per_token": 0.75},
+            self.speed("original", rate=43.0, weight_bytes=11_000_000, decode_j_per_token=1.5),
+            self.speed("result", rate=21.5, weight_bytes=2_800_000, decode_j_per_token=0.75),
             {"kind": "transform", "transform": "awq", "block": first, "what": "scaled", "invariance": 1e-6},
             {"kind": "training", "method": "qat", "loss": "kl", "kl_before": 0.04, "kl_mean": 0.03},
             {"kind": "training_step", "step": 1, "loss": 0.045, "learning_rate": 0.001},

@@ -39,10 +39,15 @@ def test_every_chart_has_every_run_and_every_run_its_report(example: Any, tmp_pa
     runs = write_runs(example)
     page = compare_runs(runs, tmp_path / "pages.html")
     drawn = data_of(page)["charts"]
-    assert set(drawn) == {"pareto", "size", "time", "speed", "energy"}
+    assert set(drawn) == {"pareto", "size", "time", "speed", "memory", "energy"}
     for chart in drawn.values():
         assert len(chart["data"][1]["x"]) == 2
     assert drawn["speed"]["data"][1]["x"] == [21.5, 21.5]
+    assert drawn["speed"]["data"][1]["error_x"]["array"] == [1.0, 1.0]
+    assert drawn["energy"]["data"][1]["x"] == [0.75, 0.75]
+    assert drawn["size"]["data"][1]["error_x"]["array"] == [0.0, 0.0]
+    assert [row["decode_ratio"] for row in json_of(page)["results"]] == [0.5, 0.5]
+    assert "21.5 (0.500)" in page.read_text()
     for run in runs:
         assert (run / "7-report.html").is_file()
         assert f'href="{run.name}/7-report.html"' in page.read_text()
@@ -67,7 +72,7 @@ def test_without_a_shared_text_the_gates_are_compared_and_the_page_says_so(examp
 def test_a_figure_that_no_run_has_is_said_to_be_missing(example: Any, tmp_path: Path) -> None:
     page = compare_runs([example.write()], tmp_path / "pages.html")
     assert set(data_of(page)["charts"]) == {"pareto", "size", "time"}
-    assert "No result recorded how fast it generates." in page.read_text()
+    assert "No result recorded how fast it generates (bitwright speed)." in page.read_text()
 
 
 def test_verdict_ranks_and_names_what_is_beaten() -> None:

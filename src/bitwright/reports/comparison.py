@@ -11,20 +11,23 @@ from bitwright.reports import pareto, story, wording
 from bitwright.reports.entries import is_finite
 from bitwright.reports.facts import EvaluationFact, Facts, read_facts
 from bitwright.reports.page import json_text, write_page, write_report
+from bitwright.reports.speed import NOTHING
 
 CHARTS = {
     "pareto": "bits_per_weight",
     "size": "size_bytes",
     "time": "seconds",
     "speed": "decode_tokens_per_s",
+    "memory": "memory_bytes",
     "energy": "decode_j_per_token",
 }
 OPTIONAL = {
-    "speed": "No result recorded how fast it generates.",
-    "energy": "No result recorded the energy of a token: it takes a machine with counters.",
+    "speed": "No result recorded how fast it generates (bitwright speed).",
+    "memory": "No result recorded the memory that it takes to run (bitwright speed).",
+    "energy": "No result recorded the energy of a token: it takes a machine with counters (bitwright speed).",
 }
 SHOWN = ("bits_per_weight", "size_bytes", "perplexity", "kl_mean", "same_top1", "seconds", "decode_tokens_per_s",
-         "decode_j_per_token")  # fmt: skip
+         "memory_bytes", "decode_j_per_token")  # fmt: skip
 
 
 def compare_runs(runs: Sequence[Path], out: Path) -> Path:
@@ -55,7 +58,8 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str
     Args:
         rows: one mapping per result with name, bits_per_weight, size_bytes, perplexity, perplexity_stderr, kl_mean and
             kl_stderr (nats per token), same_top1 (fraction), seconds, and report: the path of its own report relative
-            to `out`, or None; perhaps decode_tokens_per_s, decode_j_per_token, failure (text) and whatever else belongs
+            to `out`, or None; perhaps decode_tokens_per_s, decode_slowest and decode_fastest of its repetitions,
+            decode_ratio to the original's, memory_bytes, decode_j_per_token, failure (text) and whatever else belongs
             into the JSON. A figure may be None. A KL of 0 marks the reference, which the charts leave out.
         out: the file.
         title: the page's heading.
@@ -66,7 +70,15 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str
         ResourceError: the file cannot be written; an earlier page is untouched.
     """
     plain = [
-        {**dict.fromkeys(SHOWN), "failure": None, "perplexity_stderr": None, "kl_stderr": None, **row} for row in rows
+        {
+            **dict.fromkeys(SHOWN),
+            "failure": None,
+            "perplexity_stderr": None,
+            "kl_stderr": None,
+            "decode_ratio": None,
+            **row,
+        }
+        for row in rows
     ]
     drawn = {name: pareto.pareto_chart(plain, x) for name, x in CHARTS.items()}
     absent = {name: why for name, why in OPTIONAL.items() if not drawn[name]["data"][1]["x"]}
@@ -95,9 +107,25 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     beaten = [row["name"] for row in known if any(_beats(other, row) for other in known)]
     if beaten:
         sentences.append(f"Beaten by another in both size and loss: {', '.join(map(str, beaten))}.")
+    sentences += _running(rows)
     failed = [str(row["name"]) for row in rows if row["failure"] is not None]
     if failed:
         sentences.append(f"Failed the gate: {', '.join(failed)}.")
+    return sentences
+
+
+def _running(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which result is fastest and which takes the least energy, where several were measured."""
+    sentences: list[str] = []
+    timed = [row for row in rows if is_finite(row.get("decode_tokens_per_s"))]
+    if len(timed) > 1:
+        best = max(timed, key=lambda row: row["decode_tokens_per_s"])
+        sentences.append(f"{best['name']} writes fastest: {wording.number(best['decode_tokens_per_s'])} tokens/s.")
+    metered = [row for row in rows if is_finite(row.get("decode_j_per_token"))]
+    if len(metered) > 1:
+        best = min(metered, key=lambda row: row["decode_j_per_token"])
+        words = f"{wording.number(best['decode_j_per_token'])} J per token"
+        sentences.append(f"{best['name']} takes the least energy: {words}.")
     return sentences
 
 
@@ -140,7 +168,9 @@ def _figures(known: Facts, shared: tuple[Any, ...] | None) -> dict[str, Any]:
     source: Any = results
     if shared is not None:
         source = next(e for e in reversed(known.evaluations) if _circumstances(e) == shared)
-    speed = known.findings.speeds[-1] if known.findings.speeds else None
+    speeds = known.findings.speeds
+    measured = {} if speeds.result is None else speeds.result.figures
+    rate = measured.get("decode_tokens_per_s", NOTHING)
     found = {
         "bits_per_weight": results.bits_per_weight,
         "size_bytes": results.size_bytes,
@@ -151,8 +181,12 @@ def _figures(known: Facts, shared: tuple[Any, ...] | None) -> dict[str, Any]:
         "same_top1": source.same_top1,
         "seconds": results.seconds,
         "peak_memory_bytes": results.peak_memory_bytes,
-        "decode_tokens_per_s": None if speed is None else speed.decode_tokens_per_s,
-        "decode_j_per_token": None if speed is None else speed.decode_j_per_token,
+        "decode_tokens_per_s": rate.value,
+        "decode_slowest": rate.slowest,
+        "decode_fastest": rate.fastest,
+        "decode_ratio": speeds.ratio("decode_tokens_per_s"),
+        "memory_bytes": measured.get("memory_bytes", NOTHING).value,
+        "decode_j_per_token": measured.get("decode_j_per_token", NOTHING).value,
     }
     finite = {key: value if is_finite(value) else None for key, value in found.items()}
     return {
@@ -183,6 +217,12 @@ def _notes(facts: Sequence[Facts], shared: tuple[Any, ...] | None) -> list[str]:
             notes.append("These texts differ, so small differences mean nothing.")
     if len({str(known.asked.get("model_hash")) for known in facts}) > 1:
         notes.append("The runs are of different models: each divergence is from a model's own original.")
+    measured = [known.findings.speeds.result for known in facts]
+    circumstances = list(dict.fromkeys(speed.circumstances for speed in measured if speed is not None))
+    if circumstances:
+        notes.append(f"Speed, memory and energy: transformers, {'; or '.join(circumstances)}.")
+    if len(circumstances) > 1:
+        notes.append("These were measured differently and do not compare.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What only some runs have recorded: trials of method auto, sensitivities, histograms, repairs, text, speed, training.
+"""What only some runs have recorded: trials of method auto, sensitivities, histograms, repairs, text, training.
 
 Kinds of records, each with the fields of its class here:
 
@@ -7,16 +7,16 @@ Kinds of records, each with the fields of its class here:
     histogram    where the weights of a site lie, and the levels of its grid (`site_histogram.SiteHistogram`)
     repair       one step of an automatic repair
     generation   one continuation of a prompt, before and after (`samples`); of two for one prompt the later
-    speed        how fast the finished model generates, and on what energy
 
-What a training leaves is in `training`.
+What a training leaves is in `training`, how fast the models run in `speed`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitwright.reports.entries import Figure, Records, figure, figures, is_finite, mapping_or_empty, read_entry, text
+from bitwright.reports.entries import Figure, Records, figure, figures, is_finite, mapping_or_empty, text
+from bitwright.reports.speed import Speeds, read_speeds
 from bitwright.reports.training import MergeFact, Training, read_training
 
 
@@ -90,20 +90,6 @@ class GenerationFact:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpeedFact:
-    """How fast the finished model reads and writes (`generation_speed.Speed`), medians of its repetitions.
-
-    Attributes:
-        decode_j_per_token: None where there was no meter.
-    """
-
-    device: str
-    prefill_tokens_per_s: Figure
-    decode_tokens_per_s: Figure
-    decode_j_per_token: Figure
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
     """All of them; histograms by site, training None where there was none."""
 
@@ -112,7 +98,7 @@ class Findings:
     histograms: Mapping[str, HistogramFact]
     repairs: tuple[RepairFact, ...]
     generations: tuple[GenerationFact, ...]
-    speeds: tuple[SpeedFact, ...]
+    speeds: Speeds
     training: Training | None
     merges: tuple[MergeFact, ...]
 
@@ -132,7 +118,7 @@ def read_findings(records: Records, task: Mapping[str, Any]) -> Findings:
         histograms=_histograms(records),
         repairs=tuple(_repair(record, where) for record, where in records.of("repair")),
         generations=tuple({fact.prompt: fact for fact in records.read(GenerationFact, "generation")}.values()),
-        speeds=tuple(_speed(record, where) for record, where in records.of("speed")),
+        speeds=read_speeds(records),
         training=read_training(records, task),
         merges=records.read(MergeFact, "merge"),
     )
@@ -157,13 +143,6 @@ def _repair(record: Mapping[str, Any], where: str) -> RepairFact:
         kl_before=figure(record, "kl_before", where),
         kl_after=figure(record, "kl_after", where),
     )
-
-
-def _speed(record: Mapping[str, Any], where: str) -> SpeedFact:
-    """A rate may come with its spread, as a mapping."""
-    rates = ("prefill_tokens_per_s", "decode_tokens_per_s")
-    flat = {**record, **{key: mapping_or_empty(record.get(key)).get("median", record.get(key)) for key in rates}}
-    return read_entry(SpeedFact, flat, where)
 
 
 def _histograms(records: Records) -> dict[str, HistogramFact]:

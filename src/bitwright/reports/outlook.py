@@ -81,6 +81,13 @@ def next_steps(facts: Facts) -> list[Step]:
                     command=f"bitwright export {run} --out DIRECTORY",
                 )
             )
+    if facts.failure is None and facts.findings.speeds.result is None:
+        steps.append(
+            Step(
+                what="Measure how fast it runs, in what memory and on what energy, beside the original.",
+                command=f"bitwright speed {run} --original {model}",
+            )
+        )
     if not facts.findings.generations:
         steps.append(
             Step(

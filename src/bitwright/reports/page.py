@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from bitwright.records import write_text_atomic
-from bitwright.reports import channels, charts, outlook, story, training, trials, wording
+from bitwright.reports import channels, charts, outlook, speed, story, training, trials, wording
 from bitwright.reports.facts import Facts, SiteFact, read_facts
 from bitwright.reports.site_map import site_details, site_map
 from bitwright.runs import RunDirectory
@@ -69,12 +69,13 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     }
     headline = {
         "run": str(run), "failure": facts.failure, "asked": facts.asked, "results": asdict(facts.results),
-        "evaluations": [asdict(evaluation) for evaluation in facts.evaluations], **_trained(facts),
+        "evaluations": [asdict(evaluation) for evaluation in facts.evaluations],
+        "speeds": asdict(facts.findings.speeds), **_trained(facts),
     }  # fmt: skip
     return write_page(
         "report.html.j2", target, facts=facts, results=facts.results, story=story, outlook=outlook, wording=wording,
-        tried=trials.trials(facts), trials=trials, channels=channels, charts=charts, training=training, data=data,
-        json=json_text(headline),
+        tried=trials.trials(facts), trials=trials, channels=channels, charts=charts, training=training, speed=speed,
+        data=data, json=json_text(headline),
     )  # fmt: skip
 
 

@@ -16,10 +16,13 @@ AXES = {
     "seconds": ("Seconds to quantize", True),
     "peak_memory_bytes": ("Peak memory (bytes)", False),
     "size_bytes": ("Size (bytes)", False),
+    "memory_bytes": ("Peak memory to run (bytes)", False),
     "decode_tokens_per_s": ("Tokens written per second", False),
     "decode_j_per_token": ("Energy per token (J)", False),
 }
 ERRORS = {"kl_mean": "kl_stderr", "perplexity": "perplexity_stderr"}
+SPREADS = {"decode_tokens_per_s": ("decode_slowest", "decode_fastest")}
+"""Rows may have the ends of a figure's repetitions under these names."""
 MORE_IS_BETTER = ("decode_tokens_per_s",)
 
 
@@ -41,6 +44,7 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]], x: str = "bits_per_weight") 
         text=[plain(str(row.get("name", ""))) for row in drawn],
         textposition=["bottom left" if row in best else "top right" for row in drawn],
         cliponaxis=False,
+        error_x=_spread_bars(drawn, x, "--c0"),
         error_y=_error_bars(drawn, "kl_mean", "--c0"),
     )
     axis: dict[str, Any] = {"title": {"text": AXES[x][0]}, **_padded([row[x] for row in drawn], alone=0.3)}
@@ -127,6 +131,15 @@ def _error_bars(rows: Sequence[Mapping[str, Any]], name: str, colour: str) -> di
     errors = [row[stderr] if is_finite(row.get(stderr)) else 0.0 for row in rows]
     down = [min(error, 0.9 * row[name]) for error, row in zip(errors, rows, strict=True)]
     bars = {"type": "data", "symmetric": False, "array": errors, "arrayminus": down}
+    return {**bars, "color": colour, "thickness": 1, "width": 3}
+
+
+def _spread_bars(rows: Sequence[Mapping[str, Any]], name: str, colour: str) -> dict[str, Any]:
+    """From the slowest repetition to the fastest, where they are known."""
+    low, high = SPREADS.get(name, ("", ""))
+    down = [row[name] - row[low] if is_finite(row.get(low)) else 0.0 for row in rows]
+    up = [row[high] - row[name] if is_finite(row.get(high)) else 0.0 for row in rows]
+    bars = {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
     return {**bars, "color": colour, "thickness": 1, "width": 3}
 
 
