@@ -1,6 +1,7 @@
-"""bitwright speed: each model alone in its process, its figures as records, and what is refused before any is loaded."""
+"""bitwright speed: each model alone in its process, figures as records, and what is refused before any is loaded."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_a_model_that_transformers_unpacks_needs_the_memory_of_the_dense_one(
 
 
 def test_the_command_and_the_option_print_the_figures(
-    run: Path, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tiny_llama_dir: Path, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Mapping[str, Any]] = []
 
@@ -144,7 +145,7 @@ def test_the_command_and_the_option_print_the_figures(
             energy_note="no counter here", device="cpu", dtype="float32", num_threads=1,
         )  # fmt: skip
 
-    monkeypatch.setattr(run_speed, "__kwdefaults__", {**(run_speed.__kwdefaults__ or {}), "measure": fake})
+    monkeypatch.setattr("bitwright.speed_run.run_speed", partial(run_speed, measure=fake))
     app = typer.Typer()
     app.command()(command)
     app.command()(quantize_command)
@@ -155,8 +156,10 @@ def test_the_command_and_the_option_print_the_figures(
     assert "no meter" in said.output
     assert "20 (19 to 21)" in said.output
     assert (asked[0]["prompt_tokens"], asked[0]["new_tokens"], asked[0]["repeats"]) == (4, 3, 2)
+    (tmp_path / "text.txt").write_text(tiny_text)
     out = tmp_path / "run"
     arguments = ["quantize", str(tiny_llama_dir), "--scheme", "W8A16-channel", "--max-kl", "100", "--out", str(out)]
+    arguments += ["--method", "rtn", "--calibration", str(tmp_path / "text.txt"), "--samples", "2", "--seqlen", "32"]
     said = CliRunner().invoke(app, [*arguments, "--measure-speed"])
     assert said.exit_code == 0, said.output
     assert len(asked) == 3

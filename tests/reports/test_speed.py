@@ -93,14 +93,11 @@ def test_a_damaged_measurement_is_refused_in_one_line(example: Any) -> None:
 
 def test_a_comparison_names_the_fastest_and_says_when_speeds_do_not_compare(example: Any, tmp_path: Path) -> None:
     row = {"kl_stderr": None, "failure": None, "kl_mean": 0.1, "size_bytes": 1e6}
-    words = " ".join(
-        verdict(
-            [
-                {**row, "name": "a", "decode_tokens_per_s": 20.0, "decode_j_per_token": 0.5},
-                {**row, "name": "b", "decode_tokens_per_s": 30.0, "decode_j_per_token": 0.9},
-            ]
-        )  # fmt: skip
-    )
+    rows = [
+        {**row, "name": "a", "decode_tokens_per_s": 20.0, "decode_j_per_token": 0.5},
+        {**row, "name": "b", "decode_tokens_per_s": 30.0, "decode_j_per_token": 0.9},
+    ]
+    words = " ".join(verdict(rows))
     assert "b writes fastest: 30.0 tokens/s." in words
     assert "a takes the least energy: 0.500 J per token." in words
     runs: list[Path] = []
