@@ -11,7 +11,7 @@ is its own. A run keeps what was measured as records of kind `speed`, one per mo
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from bitwright.errors import RecipeError, VerificationError
 from bitwright.evaluation.generation_speed import Rate, Speed, check_lengths, check_positions, require_memory
 from bitwright.model.stream import StreamedModel
-from bitwright.preparation import open_model, open_original
+from bitwright.preparation import max_length, open_model, open_original
 from bitwright.progress import Progress, no_progress
 from bitwright.records import Measurement, append_jsonl, write_json_atomic
 from bitwright.runs import model_directory, run_behind
@@ -33,6 +33,7 @@ UNITS = {
 REPEATED = ("prefill_tokens_per_s", "decode_tokens_per_s", "decode_j_per_token")
 """Medians of the repetitions; the others were measured once."""
 PROMPT_SEED = 0
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
 
 Measure = Callable[[Mapping[str, Any], Progress], Speed]
 """Measures a model by the arguments of `measure_speed`."""
@@ -107,8 +108,8 @@ def run_speed(
     *,
     original: str | None = None,
     alone: bool = False,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
     repeats: int = 5,
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -121,8 +122,8 @@ def run_speed(
         target: model directory, hub id or run directory.
         original: the model to set beside it; that of a run, where the run found it, unless given.
         alone: measure no original.
-        prompt_tokens: of the prompt.
-        new_tokens: to write.
+        prompt_tokens: of the prompt; PROMPT_TOKENS, or what the models have positions for, unless given.
+        new_tokens: to write; NEW_TOKENS, or a third of the positions, unless given.
         repeats: that count.
         device: where.
         progress: called with (original or result, done, total).
@@ -132,15 +133,16 @@ def run_speed(
     """
     if alone and original is not None:
         raise RecipeError(f"--original {original}: contradicts --alone. Leave one of them out.")
-    check_lengths(prompt_tokens, new_tokens, repeats)
     run = run_behind(target)
-    opened: dict[Role, StreamedModel] = {}
     place: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    opened: dict[Role, StreamedModel] = {}
     if run is not None and not alone:
         opened["original"] = open_original(run, original, **place)
     elif original is not None:
         opened["original"] = open_model(model_directory(original), dtype="float32", **place)
     opened["result"] = open_model(model_directory(target), dtype="float32", **place)
+    prompt_tokens, new_tokens = _lengths([max_length(model) for model in opened.values()], prompt_tokens, new_tokens)
+    check_lengths(prompt_tokens, new_tokens, repeats)
     for model in opened.values():
         checkpoint = model.skeleton.checkpoint
         check_positions(model.skeleton.model.config, checkpoint.path, prompt_tokens + new_tokens)
@@ -154,6 +156,16 @@ def run_speed(
     if run is not None:
         append_jsonl(run.records, *(each.to_record() for each in found))
     return found
+
+
+def _lengths(positions: Sequence[int | None], prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
+    """The lengths given; what is not given fits into the positions of the models."""
+    longest = min((each for each in positions if each is not None), default=PROMPT_TOKENS + NEW_TOKENS)
+    if new_tokens is None:
+        new_tokens = min(NEW_TOKENS, max(2, longest // 3))
+    if prompt_tokens is None:
+        prompt_tokens = min(PROMPT_TOKENS, max(1, longest - new_tokens))
+    return prompt_tokens, new_tokens
 
 
 def _labelled(progress: Progress, role: Role) -> Progress:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.console import ProgressBars, fail, print_json, show
-from bitwright.cli.speed_command import MeasureSpeed, speed_of, speed_tables, speeds_json
+from bitwright.cli.speed_command import MeasureSpeed, add_speed
 
 
 def quantize(
@@ -62,10 +62,12 @@ def quantize(
             progress=progress,
             announce=lambda needed: None if quiet or as_json else show(estimate_line(needed)),
         )
-        speeds = speed_of(result.run, measure_speed, device, trust_remote_code, progress)
+    if not (quiet or as_json):
+        show(run_table(result))
+    speeds = add_speed(
+        result.run, measure_speed, device=device, trust_remote_code=trust_remote_code, quiet=quiet or as_json
+    )
     if as_json:
-        print_json({"run": str(result.run), "failure": result.failure, **result.results, **speeds_json(speeds)})
-    elif not quiet:
-        show(run_table(result), *speed_tables(speeds))
+        print_json({"run": str(result.run), "failure": result.failure, **result.results, **speeds})
     if result.failure is not None:
         fail(f"{result.run}: {result.failure}", 1)

@@ -9,13 +9,12 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
-from bitwright.cli.speed_command import MeasureSpeed, speed_of, speed_tables, speeds_json
+from bitwright.cli.speed_command import MeasureSpeed, add_speed
 from bitwright.errors import RecipeError
 
 if TYPE_CHECKING:
     from bitwright.escalation import Applied
     from bitwright.mixture import Found
-    from bitwright.speed_run import MeasuredSpeed
 
 ENGINES = ("vllm", "transformers")
 NUM_SHOWN = 12
@@ -103,21 +102,20 @@ def search(
         def run(recipe: Recipe, folder: Path) -> QuantizeResult:
             return quantize(model, recipe, folder, progress=progress, **place)
 
-        applied, speeds = None, list["MeasuredSpeed"]()
-        if apply:
-            applied = carry_out(found_by, found, chosen, out, run, repair=repair)
-            speeds = speed_of(applied.result.run, measure_speed, device, trust_remote_code, progress)
-    if as_json:
-        entry = {"recipe": str(out / "recipe.yaml"), **asdict(found)}
-        if applied is not None:
-            entry |= {"run": str(applied.result.run), "failure": applied.failure, "results": applied.result.results}
-            entry |= speeds_json(speeds)
-        print_json(entry)
-    elif not quiet:
+        applied = carry_out(found_by, found, chosen, out, run, repair=repair) if apply else None
+    is_silent = quiet or as_json
+    if not is_silent:
         show(_summary(found, out, applied), _mix_table(found), _frontier_table(found), width=PIPE_WIDTH)
         if applied is not None:
             _show_applied(applied)
-            show(*speed_tables(speeds))
+    entry = {"recipe": str(out / "recipe.yaml"), **asdict(found)}
+    if applied is not None:
+        entry |= {"run": str(applied.result.run), "failure": applied.failure, "results": applied.result.results}
+        entry |= add_speed(
+            applied.result.run, measure_speed, device=device, trust_remote_code=trust_remote_code, quiet=is_silent
+        )
+    if as_json:
+        print_json(entry)
     if applied is not None and applied.failure is not None:
         fail(f"{applied.result.run}: {applied.failure}", 1)
 

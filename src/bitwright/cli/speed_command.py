@@ -11,7 +11,6 @@ from rich.table import Table
 from bitwright.cli.console import ProgressBars, print_json, show
 
 if TYPE_CHECKING:
-    from bitwright.progress import Progress
     from bitwright.speed_run import MeasuredSpeed
 
 PIPE_WIDTH = 160
@@ -27,8 +26,10 @@ def speed(
         typer.Option(help="The model to set beside it; that of a run, where the run found it, unless given."),
     ] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Do not measure the original of a run.")] = False,
-    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write after it.")] = 64,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt; 128, or what the model has positions for.")
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens to write after it; at most 64 unless given.")] = None,
     repeat: Annotated[int, typer.Option(help="Repetitions that count; one more before them does not.")] = 5,
     device: Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
@@ -48,31 +49,31 @@ def speed(
     if as_json:
         print_json({"model": target, **speeds_json(found)})
     elif not quiet:
-        show(*speed_tables(found), width=PIPE_WIDTH)
+        show(speed_table(found), width=PIPE_WIDTH)
 
 
-def speed_of(
-    run: Path, is_wanted: bool, device: str, trust_remote_code: bool, progress: "Progress"
-) -> "list[MeasuredSpeed]":
-    """What `--measure-speed` adds to a run that is finished; nothing without it."""
+def add_speed(run: Path, is_wanted: bool, *, device: str, trust_remote_code: bool, quiet: bool) -> dict[str, Any]:
+    """Do what `--measure-speed` asks for when a run is finished, and print it; return the entry for JSON."""
     if not is_wanted:
-        return []
+        return {}
     from bitwright.speed_run import run_speed
 
-    return run_speed(run, device=device, trust_remote_code=trust_remote_code, progress=progress)
+    with ProgressBars(quiet=quiet) as progress:
+        found = run_speed(run, device=device, trust_remote_code=trust_remote_code, progress=progress)
+    if not quiet:
+        show(speed_table(found), width=PIPE_WIDTH)
+    return speeds_json(found)
 
 
 def speeds_json(found: "Sequence[MeasuredSpeed]") -> dict[str, Any]:
-    """The records as an entry of a command's JSON; no entry where nothing was measured."""
-    return {"speed": [each.to_record() for each in found]} if found else {}
+    """The records as an entry of a command's JSON."""
+    return {"speed": [each.to_record() for each in found]}
 
 
-def speed_tables(found: "Sequence[MeasuredSpeed]") -> list[Table]:
-    """The figures of the models beside each other; no table where nothing was measured."""
+def speed_table(found: "Sequence[MeasuredSpeed]") -> Table:
+    """The figures of the models beside each other."""
     from bitwright.cli.tables import size
 
-    if not found:
-        return []
     speeds = [each.speed for each in found]
     first = speeds[0]
     table = Table(title="Speed, memory and energy", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
@@ -94,4 +95,4 @@ def speed_tables(found: "Sequence[MeasuredSpeed]") -> list[Table]:
         f"{first.device} with {first.num_threads} threads; median (slowest to fastest) of {first.repeats}. "
         f"Energy: {first.energy_note}"
     )
-    return [table]
+    return table

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
-from bitwright.cli.speed_command import MeasureSpeed, speed_of, speed_tables, speeds_json
+from bitwright.cli.speed_command import MeasureSpeed, add_speed
 
 if TYPE_CHECKING:
     from bitwright.train.options import TrainingOptions
@@ -136,10 +136,14 @@ def qat(
     )  # fmt: skip
     with ProgressBars(quiet=quiet or as_json) as progress:
         found = train_quantized(model, task, out, fresh=fresh, trust_remote_code=trust_remote_code, progress=progress)
-        speeds = speed_of(found.run, measure_speed and _speaks(), device, trust_remote_code, progress)
-    _print({**found.results, **speeds_json(speeds)}, found.run, quiet=quiet, as_json=as_json)
-    if not (quiet or as_json):
-        show(*speed_tables(speeds))
+    if not as_json:
+        _print(found.results, found.run, quiet=quiet, as_json=False)
+    speeds = add_speed(
+        found.run, measure_speed and _speaks(), device=device, trust_remote_code=trust_remote_code,
+        quiet=quiet or as_json,
+    )  # fmt: skip
+    if as_json:
+        _print({**found.results, **speeds}, found.run, quiet=quiet, as_json=True)
     if found.failure is not None:
         fail(f"{found.quantized}: {found.failure}", 1)
 
