@@ -59,8 +59,9 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str
         rows: one mapping per result with name, bits_per_weight, size_bytes, perplexity, perplexity_stderr, kl_mean and
             kl_stderr (nats per token), same_top1 (fraction), seconds, and report: the path of its own report relative
             to `out`, or None; perhaps decode_tokens_per_s, decode_slowest and decode_fastest of its repetitions,
-            decode_ratio to the original's, memory_bytes, decode_j_per_token, failure (text) and whatever else belongs
-            into the JSON. A figure may be None. A KL of 0 marks the reference, which the charts leave out.
+            decode_ratio to the original's, memory_bytes, decode_j_per_token, measured_with (the circumstances of these
+            in words), failure (text) and whatever else belongs into the JSON. A figure may be None. A KL of 0 marks
+            the reference, which the charts leave out.
         out: the file.
         title: the page's heading.
         notes: sentences on how the figures came about.
@@ -70,15 +71,7 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str
         ResourceError: the file cannot be written; an earlier page is untouched.
     """
     plain = [
-        {
-            **dict.fromkeys(SHOWN),
-            "failure": None,
-            "perplexity_stderr": None,
-            "kl_stderr": None,
-            "decode_ratio": None,
-            **row,
-        }
-        for row in rows
+        {**dict.fromkeys((*SHOWN, "failure", "perplexity_stderr", "kl_stderr", "decode_ratio")), **row} for row in rows
     ]
     drawn = {name: pareto.pareto_chart(plain, x) for name, x in CHARTS.items()}
     absent = {name: why for name, why in OPTIONAL.items() if not drawn[name]["data"][1]["x"]}
@@ -115,18 +108,26 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _running(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which result is fastest and which takes the least energy, where several were measured."""
-    sentences: list[str] = []
+    """Which result is fastest and which takes the least energy, where several were measured alike."""
     timed = [row for row in rows if is_finite(row.get("decode_tokens_per_s"))]
-    if len(timed) > 1:
-        best = max(timed, key=lambda row: row["decode_tokens_per_s"])
-        sentences.append(f"{best['name']} writes fastest: {wording.number(best['decode_tokens_per_s'])} tokens/s.")
-    metered = [row for row in rows if is_finite(row.get("decode_j_per_token"))]
+    if len(timed) < 2 or len({row.get("measured_with") for row in timed}) > 1:
+        return []
+    best = max(timed, key=lambda row: row["decode_tokens_per_s"])
+    rivals = [str(row["name"]) for row in timed if row is not best and _overlap(row, best)]
+    doubt = f"; the repetitions of {', '.join(rivals)} overlap with its own" if rivals else ""
+    sentences = [f"{best['name']} writes fastest: {wording.number(best['decode_tokens_per_s'])} tokens/s{doubt}."]
+    metered = [row for row in timed if is_finite(row.get("decode_j_per_token"))]
     if len(metered) > 1:
         best = min(metered, key=lambda row: row["decode_j_per_token"])
         words = f"{wording.number(best['decode_j_per_token'])} J per token"
         sentences.append(f"{best['name']} takes the least energy: {words}.")
     return sentences
+
+
+def _overlap(slower: Mapping[str, Any], faster: Mapping[str, Any]) -> bool:
+    """Whether the fastest repetition of the one is no slower than the slowest of the other."""
+    high, low = slower.get("decode_fastest"), faster.get("decode_slowest")
+    return high is not None and low is not None and high >= low
 
 
 def _loss(row: Mapping[str, Any]) -> str:
@@ -190,7 +191,8 @@ def _figures(known: Facts, shared: tuple[Any, ...] | None) -> dict[str, Any]:
     }
     finite = {key: value if is_finite(value) else None for key, value in found.items()}
     return {
-        **finite, "failure": known.failure, "model": known.asked.get("model"),
+        **finite, "measured_with": None if speeds.result is None else speeds.result.circumstances,
+        "failure": known.failure, "model": known.asked.get("model"),
         "scheme": known.recipe.get("scheme"), "method": known.recipe.get("method"),
     }  # fmt: skip
 
