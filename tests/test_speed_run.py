@@ -20,6 +20,7 @@ from bitwright.recipe import Calibration, Recipe
 from bitwright.records import Measurement, read_jsonl
 from bitwright.reports.facts import read_facts
 from bitwright.reports.speed import sentences
+from bitwright.runs import model_directory, run_behind
 from bitwright.schemes import Scheme
 from bitwright.speed_run import UNITS, measure_in_process, run_speed
 
@@ -67,6 +68,19 @@ def test_a_run_records_its_original_and_itself(run: Path, tiny_llama_dir: Path) 
         assert (decode.device, decode.details["num_threads"]) == ("cpu", each.speed.num_threads)
         assert figures["weight_bytes"].n == 1
     assert records[0]["measurements"][0]["model_hash"] != records[1]["measurements"][0]["model_hash"]
+
+
+def test_the_run_of_trained_codes_stands_for_the_training(tmp_path: Path) -> None:
+    inner = tmp_path / "4-quantized"
+    (inner / "4-model").mkdir(parents=True)
+    for folder in (tmp_path, inner):
+        (folder / "run.json").write_text('{"fingerprint": "f", "complete": true}')
+    assert model_directory(tmp_path) == model_directory(inner) == inner / "4-model"
+    for target in (tmp_path, inner, inner / "4-model"):
+        found = run_behind(target)
+        assert found is not None
+        assert found.path == inner
+    assert run_behind(tmp_path / "elsewhere") is None
 
 
 def test_packed_layers_stay_packed_and_the_report_tells(run: Path) -> None:
