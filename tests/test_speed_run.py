@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from bitwright.cli.quantize_command import quantize as quantize_command
+from bitwright.cli.search_command import search
 from bitwright.cli.speed_command import speed as command
 from bitwright.errors import DataError, RecipeError, ResourceError, RunError, VerificationError
 from bitwright.evaluation import generation_speed
@@ -178,3 +179,11 @@ def test_the_command_and_the_option_print_the_figures(
     assert said.exit_code == 0, said.output
     assert [(each["prompt_tokens"], each["new_tokens"]) for each in asked[1:]] == [(86, 42)] * 2, "128 positions"
     assert read_facts(out).findings.speeds.original is not None
+
+
+def test_a_search_without_a_result_has_nothing_to_measure(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(search)
+    said = CliRunner().invoke(app, ["m", "--calibration", "t", "--out", str(tmp_path), "--measure-speed"])
+    with pytest.raises(RecipeError, match="nothing to run without --apply"):
+        raise said.exception or AssertionError(said.output)
