@@ -101,7 +101,7 @@ def test_a_comparison_names_the_fastest_and_says_when_speeds_do_not_compare(exam
     assert "b writes fastest: 30.0 tokens/s." in words
     assert "a takes the least energy: 0.500 J per token." in words
     spread = {"a": {"decode_fastest": 25.0}, "b": {"decode_slowest": 24.0}}
-    words = " ".join(verdict([row | spread[row["name"]] for row in rows]))
+    words = " ".join(verdict([row | spread[str(row["name"])] for row in rows]))
     assert "30.0 tokens/s; the repetitions of a overlap with its own." in words
     assert "fastest" not in " ".join(verdict([row | {"measured_with": row["name"]} for row in rows]))
     runs: list[Path] = []
