@@ -4,9 +4,9 @@
         [--rows W3A16-g64:block_ap:kl+0.1:rest,...] [--known]
 
 Every row is a `bitwright train qat` run: its method quantizes (the baseline), then its codes are trained, towards the
-original model (kl), with a share of the text's labels (kl+0.1), or on the text alone (cross_entropy). Both are judged in memory on the same held-out windows, with
-the codes that are exported. What training recovers is the share of the perplexity that the baseline loses. Resumes:
-finished rows are read from --work. Writes benchmarks/results/qat_<name>_<machine>_<date>.json and .md.
+original model (kl), with a share of the text's labels (kl+0.1), or on the text alone (cross_entropy). Both are judged in memory on the
+same held-out windows, with the codes that are exported. What training recovers is the share of the perplexity that the
+baseline loses. Resumes: finished rows are read from --work. Writes benchmarks/results/qat_<name>_<machine>_<date>.json and .md.
 """
 
 import argparse
@@ -66,12 +66,12 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         f"# Quantization-aware training of {c['name']}, {c['date']}",
         "",
         f"`python benchmarks/qat.py --name {c['name']}` on {c['machine']}: {c['steps']} steps of {c['batch']} windows "
-        f"of {c['seqlen']} tokens of {c['data']} ({c['windows']} windows), rate {c['learning_rate']:g} steps of a grid, "
-        "grids frozen after 80 % of them. Judged on "
+        f"of {c['seqlen']} tokens of {c['data']} ({c['windows']} windows), rate {c['learning_rate']:g} "
+        "steps of a grid, grids frozen after 80 % of them. Judged on "
         f"{rows[0]['heldout_tokens']} tokens of {c['heldout']}; the original's perplexity is "
         f"{rows[0]['perplexity_original']:.3f}. Before: the baseline, post-training quantization by the method named; "
-        "after: the trained codes, and where the rest is trained also what stays in 16 bit. kl+0.1: a tenth of the loss "
-        "is the text's own next tokens. Recovered is the share of "
+        "after: the trained codes, and where the rest is trained also what stays in 16 bit. kl+0.1: a tenth "
+        "of the loss is the text's own next tokens. Recovered is the share of "
         "the baseline's loss in perplexity (and of its KL), and of the loss of the best baseline of the scheme in this "
         f"table. Seconds are of the whole run with the baseline. {c['note']}",
         "",

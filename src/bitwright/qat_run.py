@@ -226,7 +226,7 @@ class _Work:
     def _worsening(self, before: Score, after: Score) -> str | None:
         """Return what to say where the loss that was trained is higher on held-out text than it was at the start."""
         share = 1.0 if self.task.loss == "cross_entropy" else self.task.labels
-        
+
         def loss(score: Score) -> float:
             assert score.kl_mean is not None
             return (1 - share) * score.kl_mean + share * math.log(score.perplexity)
