@@ -45,7 +45,7 @@ def gptq(
         hessian: [I, I], (2/T) X^T X over T tokens; symmetric PSD; activation units squared.
         grid: the levels of every weight; fixed unless `refit` is given.
         damp: fraction of mean(diag H) added to the diagonal; > 0; raised in steps while no factor exists.
-        block: columns per lazy update. Changes speed, never the result.
+        block: columns per lazy update; a group where grids are refitted. Changes speed, never the result.
         act_order: visit columns by descending diag H.
         refit: (current weights of the group [O, g], first column, end column) -> grid of that group; only without
             act_order, and only for a `Grid` of float scales.
@@ -61,6 +61,7 @@ def gptq(
     order, factor = _ordered_factor(hessian, dead, damp, act_order=act_order)
     work = weight.T.index_select(0, order)  # a column of the weight is contiguous
     work[dead[order]] = 0.0
+    factor /= factor.diagonal().clone().unsqueeze(1)  # an error e then moves later columns by -e · U_j,j:
     sweep = _Sweep(work, factor.to(weight.dtype), order.tolist(), grid, refit)
     step = block if refit is None else sweep.group_size
     for start in range(0, num_columns, step):
@@ -99,7 +100,9 @@ def compensated(weight: Tensor, result: QTensor, hessian: Tensor, *, damp: float
 def _ordered_factor(hessian: Tensor, dead: Tensor, damp: float, *, act_order: bool) -> tuple[Tensor, Tensor]:
     """The order of the columns and the upper Cholesky factor [I, I] of the inverse Hessian in that order."""
     diagonal, num_columns = hessian.diagonal(), hessian.shape[0]
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(num_columns)
+    order = torch.arange(num_columns, device=hessian.device)
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
     ordered = hessian[order][:, order]
     ordered.diagonal()[dead[order]] = _stand_in(diagonal[~dead])
     return order, damped_inverse_cholesky(ordered, damp)
@@ -109,14 +112,13 @@ class _Sweep:
     """The columns in the order of their visit, the codes chosen so far and the grid they refer to.
 
     Args:
-        work: [I, O] in that order; once a column is rounded, its scaled error stands in its place.
-        factor: [I, I], upper triangular.
+        work: [I, O] in that order; once a column is rounded, its error stands in its place.
+        factor: [I, I], upper triangular with ones on the diagonal.
         order: which column of the weight each of `work` is.
     """
 
     def __init__(self, work: Tensor, factor: Tensor, order: list[int], grid: AnyGrid, refit: Refit | None) -> None:
         self.work, self.factor, self.order, self.grid, self.refit = work, factor, order, grid, refit
-        self.diagonal: list[float] = factor.diagonal().tolist()
         self.own = _own_copy(grid) if refit is not None and isinstance(grid, Grid) else None
         self.group_size = grid.granularity.columns_per_group(grid.in_features)
         self.rounders: dict[int, Rounder] = {}  # by group, whose columns have the same levels
@@ -160,7 +162,7 @@ class _Sweep:
         if group not in self.rounders:
             self.rounders[group] = (self.own or self.grid).rounder(column, values.shape[0])
         self.codes[column], levels = self.rounders[group](values)
-        values.sub_(levels).div_(self.diagonal[position])
+        values -= levels
 
 
 def _stand_in(live: Tensor) -> Tensor:
