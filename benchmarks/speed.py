@@ -96,6 +96,7 @@ def main() -> None:
     for stage, place in STAGES.items():
         clock.watch(stage, place)
     runs: list[dict[str, float]] = []
+    figures: dict[str, Any] = {}
     for _ in range(args.repeat):
         clock.switch()
         clock.seconds = {}
