@@ -57,7 +57,7 @@ def naive(weight: Tensor, x: Tensor, original: Tensor, grid: object, order: list
         normal = x[:, left].T @ x[:, left] + damping[left][:, left]
         best = torch.linalg.solve(normal, (missing @ x[:, left] + weight[:, left] @ damping[left][:, left]).T).T
         j = left[0]
-        codes[:, j], value = grid.round_column(best[:, 0], j)  # type: ignore[attr-defined]
+        codes[:, j], value = grid.rounder(j, len(best))(best[:, 0])  # type: ignore[attr-defined]
         result[:, j] = value
         done.append(j)
     return codes

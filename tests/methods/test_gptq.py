@@ -116,7 +116,7 @@ def naive_obq(
         j = left[0]
         if refit is not None and j % width == 0:
             now, column = refit(work[:, j : j + width], j, min(j + width, NUM_COLUMNS)), j
-        codes[:, j], value = now.round_column(work[:, j], j - column)
+        codes[:, j], value = now.rounder(j - column, len(work))(work[:, j])
         inverse = torch.linalg.inv(damped[left][:, left])
         work[:, left] -= torch.outer((work[:, j] - value) / inverse[0, 0], inverse[0])
         left = left[1:]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bitwright.methods.gptq import gptq
-from bitwright.methods.row_choice import best_rows, has_scales_of_rows
+from bitwright.methods.row_choice import best_rows, has_scales_of_rows, solve_on_each
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.integer import IntegerFormat
 from bitwright.numerics.qtensor import QTensor
@@ -32,6 +32,20 @@ def test_no_row_is_worse_than_in_any_of_the_results(format: IntegerFormat, granu
     each = torch.stack([losses(weight, hessian, result) for result in results])
     assert torch.equal(losses(weight, hessian, found), each.amin(0))
     assert 0 < int((each[0] < each[1]).sum()) < 24, "both grids must win somewhere, or the test shows nothing"
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_all_grids_in_one_sweep_are_the_grids_one_by_one(format: IntegerFormat) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(24, 48, generator=generator, dtype=torch.float64) ** 3
+    x = torch.randn(200, 48, generator=generator, dtype=torch.float64)
+    hessian = x.T @ x / 100
+    granularity = Granularity(kind="group", group_size=16)
+    grids = [fit_grid(weight, format, granularity, method=method) for method in ("mse", "minmax")]
+    expected = best_rows(weight, hessian, [gptq(weight, hessian, grid) for grid in grids])
+    found = solve_on_each(weight, hessian, grids, gptq)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.dequantize(), expected.dequantize())
 
 
 def test_only_floats_that_belong_to_rows_can_be_chosen() -> None:

@@ -124,7 +124,7 @@ def test_columns_round_as_the_whole_does(granularity: Granularity) -> None:
     weight, grid = normal(NUM_ROWS, NUM_COLUMNS), grid_of(granularity)
     codes, values = grid.quantize(weight), grid.fake_quantize(weight)
     for j in range(NUM_COLUMNS):
-        column_codes, column_values = grid.round_column(weight[:, j], j)
+        column_codes, column_values = grid.rounder(j, len(weight))(weight[:, j])
         assert column_codes.dtype == torch.uint8
         assert torch.equal(column_codes, codes[:, j])
         assert torch.equal(column_values, values[:, j])

@@ -108,7 +108,7 @@ def test_every_weight_is_fitted_and_quantized(format: Format, granularity: Granu
     assert torch.equal(grid.fake_quantize(values), values)
     assert torch.equal(weight, before)
     for j in range(weight.shape[1]):
-        codes, column = grid.round_column(weight.float()[:, j], j)
+        codes, column = grid.rounder(j, len(weight))(weight.float()[:, j])
         assert torch.equal(codes, result.codes[:, j])
         assert torch.equal(column, values[:, j])
 

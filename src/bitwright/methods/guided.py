@@ -4,12 +4,11 @@ Legend: O out features, I in features, C groups of output channels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bitwright.methods.row_choice import has_scales_of_rows
+from bitwright.methods.row_choice import has_scales_of_rows, stacked
 from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.qtensor import QTensor
 
@@ -48,10 +47,4 @@ def _stacked(parts: list[AnyGrid], whole: AnyGrid) -> AnyGrid:
     """The grid of all rows; only scales of rows and of groups within them may be others."""
     if not isinstance(whole, Grid) or not has_scales_of_rows(whole):
         return whole
-    grids = [part for part in parts if isinstance(part, Grid)]
-    zero_points = [part.zero_point for part in grids if part.zero_point is not None]
-    return replace(
-        whole,
-        scale=torch.cat([part.scale for part in grids]),
-        zero_point=torch.cat(zero_points) if zero_points else None,
-    )
+    return stacked([part for part in parts if isinstance(part, Grid)])

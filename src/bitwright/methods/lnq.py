@@ -130,13 +130,17 @@ class _State:
         """Let every column in turn take its best entry, given all others; return whether any code changed."""
         before = self.codes.clone()
         diagonal = hessian.diagonal()
-        num_columns = self.grid.in_features
+        num_columns, num_rows = self.grid.in_features, self.codes.shape[1]
+        width = self.grid.granularity.columns_per_group(num_columns)
+        rounder = self.grid.rounder(0, num_rows)
         for start in range(0, num_columns, BLOCK):
             end = min(start + BLOCK, num_columns)
             gradient = hessian[start:end] @ self.error
             for j in range(start, end):
+                if j % width == 0:
+                    rounder = self.grid.rounder(j, num_rows)
                 desired = self.target[j] + self.error[j] - gradient[j - start] / diagonal[j]
-                self.codes[j], values = self.grid.round_column(desired, j)
+                self.codes[j], values = rounder(desired)
                 # Computed as in `of`: a code that stays leaves no trace of rounding.
                 error = values.to(desired.dtype) - self.target[j]
                 gradient[j + 1 - start :].addr_(hessian[j + 1 : end, j], error - self.error[j])

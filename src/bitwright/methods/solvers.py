@@ -15,7 +15,7 @@ from bitwright.methods.gptq import Refit, gptq
 from bitwright.methods.guided import by_rows
 from bitwright.methods.hqq import hqq
 from bitwright.methods.lnq import lnq
-from bitwright.methods.row_choice import best_rows, has_scales_of_rows
+from bitwright.methods.row_choice import has_scales_of_rows, solve_on_each
 from bitwright.methods.rtn import rtn
 from bitwright.methods.signround import signround
 from bitwright.methods.stage import BlockStage, BlockTask
@@ -123,8 +123,10 @@ def _towards(weight: Tensor, grid: AnyGrid, problem: Problem, *, asymmetry: floa
 
 def _swept(target: Tensor, hessian: Tensor, grids: Sequence[AnyGrid], sweep: Mapping[str, Any]) -> QTensor:
     """GPTQ on each of the grids; every row takes the one that serves it best."""
-    results = [gptq(target, hessian, grid, **sweep) for grid in grids]
-    return results[0] if len(results) == 1 else best_rows(target, hessian, results)
+    if len(grids) == 1:
+        return gptq(target, hessian, grids[0], **sweep)
+    choices = [grid for grid in grids if isinstance(grid, Grid)]
+    return solve_on_each(target, hessian, choices, partial(gptq, **sweep))
 
 
 MANY_LEVELS = 8

@@ -8,6 +8,7 @@ Legend: O out features, I in features, R rows of tables, G groups, K = 2^bits en
 one, j a column.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -146,20 +147,22 @@ class CodebookGrid:
         """Return the representable weight nearest to the weight, in its dtype."""
         return self.dequantize(self.quantize(weight), weight.dtype)
 
-    def round_column(self, weight_column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        """Round one column [O] on its own tables; the step of column-wise solvers.
+    def rounder(self, j: int, num_rows: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Return what rounds column j, and any other of its group; the step of column-wise solvers.
 
-        Finiteness is the caller's business here: a check per column would stall a device.
-
-        Returns:
-            codes [O] and their float32 values [O], bitwise equal to `quantize` and `dequantize`.
+        Codes [O] and float32 values [O] are bitwise those of `quantize` and `dequantize`. Finiteness is the caller's
+        business here: a check per column would stall a device.
         """
-        tables = self._column(j, weight_column.shape[0])
-        # One table per row meets one weight each; one table for all rows meets all weights at once.
-        weights = weight_column.float().reshape(tables.shape[0], -1)
-        positions = nearest(tables, weights)
-        values = tables.gather(1, positions).reshape(weight_column.shape)
-        return positions.to(self.format.code_dtype).reshape(weight_column.shape), values
+        tables = self._column(j, num_rows)
+        borders = midpoints(tables)
+
+        def round_column(weights: Tensor) -> tuple[Tensor, Tensor]:
+            # One table per row meets one weight each; one table for all rows meets all weights at once.
+            positions = torch.searchsorted(borders, weights.float().reshape(tables.shape[0], -1).contiguous())
+            values = tables.gather(1, positions)
+            return positions.to(self.format.code_dtype).reshape(weights.shape), values.reshape(weights.shape)
+
+        return round_column
 
     def rows(self, start: int, stop: int) -> "CodebookGrid":
         """Return the grid of the rows start..stop; views, not copies.

@@ -6,7 +6,9 @@ need of a grid, whether its levels come from a format and a scale (`Grid`) or fr
 Legend: O out features, I in features, R rows of scales, G groups, j a column.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,6 +20,9 @@ from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.integer import FLOAT_ZERO_DTYPE
 from bitwright.numerics.scales import StoredScale
 from bitwright.numerics.table import TABLES, TableFormat
+
+Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Weights [O] of a column -> their codes [O] and float32 levels [O]."""
 
 
 class AnyGrid(Protocol):
@@ -56,8 +61,8 @@ class AnyGrid(Protocol):
         """Return the levels [O, I] that the codes stand for."""
         ...
 
-    def round_column(self, weight_column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        """Return codes [O] and float32 levels [O] for column j."""
+    def rounder(self, j: int, num_rows: int) -> Rounder:
+        """Return what rounds column j, and any other of its group, to the nearest levels."""
         ...
 
     def rows(self, start: int, stop: int) -> "AnyGrid":
@@ -172,17 +177,13 @@ class Grid:
             zero_point = None if zero_point is None else zero_point.repeat_interleave(repeats)[:num_rows]
         return scale, zero_point
 
-    def round_column(self, weight_column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        """Round one column [O] on its own scales; the step of column-wise solvers.
+    def rounder(self, j: int, num_rows: int) -> Rounder:
+        """Return what rounds column j, and any other of its group; the step of column-wise solvers.
 
-        Finiteness is the caller's business here: a check per column would stall a device.
-
-        Returns:
-            codes [O] and their float32 values [O], bitwise equal to `quantize` and `dequantize`.
+        Codes [O] and float32 values [O] are bitwise those of `quantize` and `dequantize`. Finiteness is the caller's
+        business here: a check per column would stall a device.
         """
-        scale, zero_point = self.column(j, weight_column.shape[0])
-        codes = self.format.encode(self._scaled(weight_column.float(), scale), zero_point)
-        return codes, self.format.decode(codes, zero_point).mul_(scale)
+        return partial(self._round, *self.column(j, num_rows))
 
     def rows(self, start: int, stop: int) -> "Grid":
         """Return the grid of the rows start..stop; views, not copies.
@@ -242,6 +243,10 @@ class Grid:
         zero_point = None if self.zero_point is None else self.zero_point.to(device)
         stored = None if self.stored is None else self.stored.to(device)
         return replace(self, scale=self.scale.to(device), zero_point=zero_point, stored=stored)
+
+    def _round(self, scale: Tensor, zero_point: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self.format.encode(self._scaled(weight.float(), scale), zero_point)
+        return codes, self.format.decode(codes, zero_point).mul_(scale)
 
     def _scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Weights in units of the scale. Tables take the reciprocal first, as bitsandbytes does, for equal codes."""

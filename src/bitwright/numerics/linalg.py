@@ -11,6 +11,8 @@ MAX_DAMP = 0.25
 # Columns worked on at once where a matrix is triangular or symmetric: wide enough for a fast matrix product, narrow
 # enough to skip nearly all of the other triangle.
 STRIPE = 256
+# Of a narrow Gram matrix the other triangle is a larger part.
+MIN_STRIPE = 64
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -35,8 +37,9 @@ def accumulate_gram(gram: Tensor, x: Tensor) -> None:
             f"gram: inputs {list(x.shape)} do not fit a Gram matrix {list(gram.shape)}; flatten to [T, I]."
         )
     x = x if x.dtype == torch.float64 else x.float()
-    for start in range(0, x.shape[1], STRIPE):
-        end = min(start + STRIPE, x.shape[1])
+    stripe = min(max(x.shape[1] // 8, MIN_STRIPE), STRIPE)
+    for start in range(0, x.shape[1], stripe):
+        end = min(start + stripe, x.shape[1])
         product = x[:, start:end].T @ x[:, start:]
         square = product[:, : end - start]
         # BLAS may compute the two triangles in different orders; a + b = b + a restores exact symmetry.

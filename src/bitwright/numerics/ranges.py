@@ -9,7 +9,7 @@ Legend: O out features, I in features, R rows of scales, G groups per row, n wei
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -37,6 +37,8 @@ QUICK_FACTORS = (0.92, 0.84, 0.76, 0.68, 0.6)
 # Steps of floats double with every power of two. A scale up to twice as large clips nothing and costs little
 # resolution, but may move the largest weights to where a level is near.
 FLOAT_FACTORS = SHRINK_FACTORS + tuple(1 + step / 40 for step in range(1, 41))
+# Factors whose scales are computed together: scales are few, and a call for each would cost as much as the errors do.
+FACTORS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,14 +65,14 @@ class Samples:
         wide = wide_dtype(scale.device)
         # In units of the step every residual is of order 1, so that neither tiny nor huge weights leave float32.
         divisor, zero = scale.float().unsqueeze(-1), None if zero_point is None else zero_point.float().unsqueeze(-1)
-        total = torch.zeros(scale.shape, dtype=wide, device=scale.device)
+        errors: list[Tensor] = []
         for groups in self:
             scaled = groups / divisor
             residual = format.snap(scaled, zero).sub_(scaled)
             if self.root_importance is not None:
                 residual.mul_(self.root_importance[..., : groups.shape[-1]])
-            total += torch.linalg.vector_norm(residual, dim=-1).to(wide).square_()
-        return total * scale.to(wide).square()
+            errors.append(torch.linalg.vector_norm(residual, dim=-1).to(wide).square_())
+        return sum(errors[1:], start=errors[0]).mul_(scale.to(wide).square())
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Return smallest and largest weight per group, [R, G] each; 0 is always inside."""
@@ -279,21 +281,30 @@ def _candidates(
     wide = wide_dtype(low.device)
     low, high = low.to(wide), high.to(wide)
     factors = bound.factors or (FLOAT_FACTORS if isinstance(format, MinifloatFormat) else SHRINK_FACTORS)
-    if not format.symmetric:
-        for factor in factors:
-            scale, zero_point = _affine(low * factor, high * factor, format, bound)
-            # Shrinking both ends alike keeps the zero point; its neighbours clip one end more than the other.
-            shifted = [torch.round(zero_point) + shift for shift in (0, -1, 1)]
-            if has_float_zero(format):
-                shifted += [zero_point + shift for shift in (0.0, -0.5, 0.5)]
-            for each in shifted:
-                yield scale, _stored_zero(each, format)
+    if format.symmetric:
+        reach = torch.maximum(high, -low) / _reach(format)
+        signs = (1.0, -1.0) if bound.signed and format.min_value != -format.max_value else (1.0,)
+        for some in _batches([sign * factor for factor in factors for sign in signs], reach):
+            for scale in _rounded(reach * some, format, bound):
+                yield scale, None
         return
-    reach = torch.maximum(high, -low) / _reach(format)
-    signs = (1.0, -1.0) if bound.signed and format.min_value != -format.max_value else (1.0,)
-    for factor in factors:
-        for sign in signs:
-            yield _rounded(reach * (sign * factor), format, bound), None
+    for some in _batches(factors, low):
+        scales, zero_points = _affine(low * some, high * some, format, bound)
+        # Shrinking both ends alike keeps the zero point; its neighbours clip one end more than the other.
+        shifted = [torch.round(zero_points) + shift for shift in (0, -1, 1)]
+        if has_float_zero(format):
+            shifted += [zero_points + shift for shift in (0.0, -0.5, 0.5)]
+        stored = torch.stack([_stored_zero(each, format) for each in shifted], dim=1)
+        for scale, tried in zip(scales, stored, strict=True):
+            for zero_point in tried:
+                yield scale, zero_point
+
+
+def _batches(factors: Sequence[float], like: Tensor) -> Iterator[Tensor]:
+    """Factors [F, 1, 1], some at a time."""
+    for start in range(0, len(factors), FACTORS_AT_ONCE):
+        some = torch.tensor(factors[start : start + FACTORS_AT_ONCE], dtype=like.dtype, device=like.device)
+        yield some.view(-1, 1, 1)
 
 
 def _affine(low: Tensor, high: Tensor, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, Tensor]:
