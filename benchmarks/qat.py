@@ -4,9 +4,10 @@
         [--rows W3A16-g64:block_ap:kl+0.1:rest,...] [--known]
 
 Every row is a `bitwright train qat` run: its method quantizes (the baseline), then its codes are trained, towards the
-original model (kl), with a share of the text's labels (kl+0.1), or on the text alone (cross_entropy). Both are judged in memory on the
-same held-out windows, with the codes that are exported. What training recovers is the share of the perplexity that the
-baseline loses. Resumes: finished rows are read from --work. Writes benchmarks/results/qat_<name>_<machine>_<date>.json and .md.
+original model (kl), with a share of the text's labels (kl+0.1), or on the text alone (cross_entropy). Both are judged
+in memory on the same held-out windows, with the codes that are exported. What training recovers is the share of the
+perplexity that the baseline loses. Resumes: finished rows are read from --work. Writes
+benchmarks/results/qat_<name>_<machine>_<date>.json and .md.
 """
 
 import argparse
