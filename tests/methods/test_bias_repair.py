@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from bitwright import pipeline
 from bitwright.calibration.collect import SiteStats
-from bitwright.methods.repairs import REPAIRS
+from bitwright.methods.repairs import REPAIRS, RepairTask
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.numerics.formats import FORMATS
@@ -25,7 +25,8 @@ def test_the_mean_error_is_gone_and_the_squared_one_smaller() -> None:
     site = QuantizedSite(weight=QTensor(codes=grid.quantize(weight), grid=grid))
     stats = SiteStats()
     stats.add(x, with_gram=False)
-    repaired = REPAIRS["bias"].apply(weight, site, stats)
+    task = RepairTask(weight=weight, stats=stats, recipe=Recipe(), dtype=torch.float32)
+    repaired = REPAIRS["bias"].apply(site, task)
     assert repaired.correction is not None
     error = x @ (site.dense() - weight).T
     left = error + repaired.correction
@@ -37,7 +38,8 @@ def test_the_mean_error_is_gone_and_the_squared_one_smaller() -> None:
 def test_without_tokens_nothing_is_corrected() -> None:
     grid = fit_grid(torch.randn(3, 8), FORMATS["int4"], Granularity(kind="channel"))
     site = QuantizedSite(weight=QTensor(codes=grid.quantize(torch.randn(3, 8)), grid=grid))
-    assert REPAIRS["bias"].apply(torch.randn(3, 8), site, SiteStats()) is site
+    task = RepairTask(weight=torch.randn(3, 8), stats=SiteStats(), recipe=Recipe(), dtype=torch.float32)
+    assert REPAIRS["bias"].apply(site, task) is site
 
 
 @pytest.mark.parametrize("scheme", ["W3A16-g32", "W4A8-g32"])
