@@ -13,6 +13,7 @@ from bitwright.budget import Budget
 from bitwright.errors import RecipeError
 from bitwright.escalation import Rung, apply
 from bitwright.mixture import Search
+from bitwright.options import LowRankOptions
 from bitwright.pipeline import QuantizeResult, export, quantize
 from bitwright.preparation import open_model
 from bitwright.recipe import Calibration, Recipe, Rule, resolve
@@ -140,6 +141,45 @@ def test_repair_stops_where_the_budget_has_no_room(
     assert "no room" in done.failure
     schemes = resolve(Recipe.from_mapping(_recipe_of(done.result.run)), search.sites)
     assert search.costs_fit({name: entry.scheme and str(entry.scheme) for name, entry in schemes.sites.items()})
+
+
+@pytest.mark.parametrize(("layout", "after"), [("bitwright", "W8A16-g32 gptaq+low_rank"), ("pack-quantized", "16 bit")])
+def test_the_last_rung_but_16_bit_is_a_low_rank_addend_where_the_layout_holds_one(
+    make: Make, tmp_path: Path, layout: str, after: str
+) -> None:
+    """Of items that have the best method, the smallest groups and the most bits."""
+    recipes: list[Recipe] = []
+
+    def judge(recipe: Recipe, folder: Path) -> QuantizeResult:
+        recipes.append(recipe)
+        folder.mkdir(parents=True)
+        results = {"kl_mean": 2.0 - len(recipes), "perplexity": 1.0, "reference_perplexity": 1.0, "layouts": [layout]}
+        return QuantizeResult(run=folder, results=results, failure=None, resumed_blocks=0)
+
+    recipe = Recipe(method="gptaq", repairs=("bias",), low_rank=LowRankOptions(rank=2))
+    search = make(recipe, average_bits=15.0, max_kl=0.5)
+    start = dict.fromkeys((site.name for site in search.sites), "W8A16-g32")
+    found = replace(search.run(rounds=0), schemes=start)
+    done = apply(search, found, found.recipe(recipe), tmp_path / "out", judge, repair=True)
+    assert {step.after for step in done.steps} == {after}
+    rules = {rule.pattern: rule.repairs for rule in recipes[-1].rules}
+    climbed = {site for step in done.steps for site in step.sites}
+    assert rules == dict.fromkeys(climbed, ("low_rank", "bias") if layout == "bitwright" else None)
+    record = next(each for each in read_jsonl(done.result.run / "5-records.jsonl") if each["kind"] == "repair")
+    assert record["to"] == after
+
+
+def test_a_low_rank_addend_needs_room(make: Make) -> None:
+    search = make(Recipe(low_rank=LowRankOptions(rank=2)), average_bits=8.6)
+    schemes = dict.fromkeys((site.name for site in search.sites), "W8A16-g32")
+    first = search.sites[0].name
+    # 8 bits and a scale of 16 per 32 are 8.5; two numbers of 16 bits per row and column of one site are not 0.1 of all.
+    assert search.costs_fit(schemes)
+    assert search.costs_fit(schemes, addends=[first])
+    assert not search.costs_fit(schemes, addends=list(schemes))
+    assert search.costs_fit(schemes | {first: "W4A16-g32"}, addends=[first])
+    everywhere = make(Recipe(repairs=("low_rank",), low_rank=LowRankOptions(rank=2)), average_bits=8.6)
+    assert not everywhere.costs_fit(schemes)
 
 
 def _recipe_of(run: Path) -> dict[str, Any]:
