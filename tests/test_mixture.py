@@ -143,9 +143,16 @@ def test_repair_stops_where_the_budget_has_no_room(
     assert search.costs_fit({name: entry.scheme and str(entry.scheme) for name, entry in schemes.sites.items()})
 
 
-@pytest.mark.parametrize(("layout", "after"), [("bitwright", "W8A16-g32 gptaq+low_rank"), ("pack-quantized", "16 bit")])
+@pytest.mark.parametrize(
+    ("layout", "rank", "after"),
+    [
+        ("bitwright", 2, "W8A16-g32 gptaq+low_rank"),
+        ("bitwright", 64, "16 bit"),  # factors larger than the weight
+        ("pack-quantized", 2, "16 bit"),
+    ],
+)
 def test_the_last_rung_but_16_bit_is_a_low_rank_addend_where_the_layout_holds_one(
-    make: Make, tmp_path: Path, layout: str, after: str
+    make: Make, tmp_path: Path, layout: str, rank: int, after: str
 ) -> None:
     """Of items that have the best method, the smallest groups and the most bits."""
     recipes: list[Recipe] = []
@@ -156,7 +163,7 @@ def test_the_last_rung_but_16_bit_is_a_low_rank_addend_where_the_layout_holds_on
         results = {"kl_mean": 2.0 - len(recipes), "perplexity": 1.0, "reference_perplexity": 1.0, "layouts": [layout]}
         return QuantizeResult(run=folder, results=results, failure=None, resumed_blocks=0)
 
-    recipe = Recipe(method="gptaq", repairs=("bias",), low_rank=LowRankOptions(rank=2))
+    recipe = Recipe(method="gptaq", repairs=("bias",), low_rank=LowRankOptions(rank=rank))
     search = make(recipe, average_bits=15.0, max_kl=0.5)
     start = dict.fromkeys((site.name for site in search.sites), "W8A16-g32")
     found = replace(search.run(rounds=0), schemes=start)
@@ -164,7 +171,7 @@ def test_the_last_rung_but_16_bit_is_a_low_rank_addend_where_the_layout_holds_on
     assert {step.after for step in done.steps} == {after}
     rules = {rule.pattern: rule.repairs for rule in recipes[-1].rules}
     climbed = {site for step in done.steps for site in step.sites}
-    assert rules == dict.fromkeys(climbed, ("low_rank", "bias") if layout == "bitwright" else None)
+    assert rules == dict.fromkeys(climbed, None if after == "16 bit" else ("low_rank", "bias"))
     record = next(each for each in read_jsonl(done.result.run / "5-records.jsonl") if each["kind"] == "repair")
     assert record["to"] == after
 

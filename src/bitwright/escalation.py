@@ -6,7 +6,8 @@ in 16 bit. They climb one rung, and the model is quantized again:
     a better method       rtn -> gptq -> gptaq
     smaller groups        128 -> 64 -> 32
     more bits             the next scheme of the menu that has them
-    a low-rank addend     beside the codes, where the model is in bitwright's own layout, which alone holds one
+    a low-rank addend     beside the codes, where the model is in bitwright's own layout, which alone holds one, and
+                          both together are smaller than 16 bit
     16 bit
 
 A rung that the budget has no room for is left out. Every step is a record of the final run, and so in its report. All
@@ -204,7 +205,8 @@ def _climb(search: Search, rungs: Mapping[str, Rung], measure: Measure, *, holds
         if len(climbed) >= max(1, round(SHARE_PER_ROUND * len(names))):
             break
         before = rungs[sites[0]]
-        for after in _above(before, search.menu, holds_addends=holds_addends):
+        is_smaller = search.size_bytes(sites, before.scheme, addend=True) < search.size_bytes(sites, None)
+        for after in _above(before, search.menu, with_addend=holds_addends and is_smaller):
             trial = {**schemes, **dict.fromkeys(sites, after.scheme)}
             with_these = addends.union(sites if after.low_rank else ())
             if _fits(search, trial, with_these):
@@ -214,7 +216,7 @@ def _climb(search: Search, rungs: Mapping[str, Rung], measure: Measure, *, holds
     return climbed
 
 
-def _above(rung: Rung, menu: Sequence[str], *, holds_addends: bool) -> Iterator[Rung]:
+def _above(rung: Rung, menu: Sequence[str], *, with_addend: bool) -> Iterator[Rung]:
     """The rungs above one, nearest first."""
     if rung.scheme is None:
         return
@@ -229,7 +231,7 @@ def _above(rung: Rung, menu: Sequence[str], *, holds_addends: bool) -> Iterator[
     for name in sorted(menu, key=lambda name: Scheme.parse(name).weights.format.bits):
         if Scheme.parse(name).weights.format.bits > bits:
             yield replace(rung, scheme=name)
-    if holds_addends and not rung.low_rank:
+    if with_addend and not rung.low_rank:
         yield replace(rung, low_rank=True)
     yield replace(rung, scheme=None)
 

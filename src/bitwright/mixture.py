@@ -258,6 +258,11 @@ class Search:
         chosen = [self._cost(shape, members, schemes[members[0].name]) for members in self.sets]
         return replace(self.limits(), max_loss=None).hold(chosen)
 
+    def size_bytes(self, sites: Collection[str], scheme: str | None, *, addend: bool = False) -> int:
+        """Return the bytes of sites in one scheme, with low-rank addends or without."""
+        shape = self._with_addends(self.shape, sites if addend else ())
+        return self._cost(shape, [site for site in self.sites if site.name in sites], scheme).size_bytes
+
     def _with_addends(self, shape: ModelShape, sites: Collection[str]) -> ModelShape:
         return replace(shape, ranks={**shape.ranks, **dict.fromkeys(sites, self.recipe.low_rank.rank)})
 

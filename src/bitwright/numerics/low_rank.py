@@ -52,7 +52,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """K."""
+        """k, the number of directions."""
         return self.a.shape[0]
 
     @property
