@@ -177,15 +177,20 @@ def test_the_last_rung_but_16_bit_is_a_low_rank_addend_where_the_layout_holds_on
 
 
 def test_a_low_rank_addend_needs_room(make: Make) -> None:
-    search = make(Recipe(low_rank=LowRankOptions(rank=2)), average_bits=8.6)
+    search = make(Recipe(low_rank=LowRankOptions(rank=2)), average_bits=16.0)
     schemes = dict.fromkeys((site.name for site in search.sites), "W8A16-g32")
-    first = search.sites[0].name
-    # 8 bits and a scale of 16 per 32 are 8.5; two numbers of 16 bits per row and column of one site are not 0.1 of all.
-    assert search.costs_fit(schemes)
-    assert search.costs_fit(schemes, addends=[first])
+    num_weights = sum(site.out_features * site.in_features for site in search.sites)
+    first = search.sites[0]
+    size = search.size_bytes(list(schemes), "W8A16-g32")
+    addend = 2 * (first.out_features + first.in_features) * 4  # bytes of a float32
+    assert search.size_bytes([first.name], "W8A16-g32", addend=True) == addend + search.size_bytes(
+        [first.name], "W8A16-g32"
+    )
+    search.budget = Budget(average_bits=8 * (size + addend) / num_weights)
+    assert search.costs_fit(schemes, addends=[first.name])
     assert not search.costs_fit(schemes, addends=list(schemes))
-    assert search.costs_fit(schemes | {first: "W4A16-g32"}, addends=[first])
-    everywhere = make(Recipe(repairs=("low_rank",), low_rank=LowRankOptions(rank=2)), average_bits=8.6)
+    everywhere = make(Recipe(repairs=("low_rank",), low_rank=LowRankOptions(rank=2)), average_bits=16.0)
+    everywhere.budget = search.budget
     assert not everywhere.costs_fit(schemes)
 
 
