@@ -115,6 +115,9 @@ def test_repairs_in_an_order_in_which_one_undoes_the_other_are_refused() -> None
         with pytest.raises(RecipeError, match=r"bias before low_rank: .*Name low_rank first"):
             check_composition(recipe_of(text), plan_of(recipe_of(text)))
     check_composition(recipe_of("rtn+low_rank+bias"), plan_of(recipe_of("rtn+low_rank+bias")))
+    twice = Recipe(repairs=("low_rank", "low_rank"))
+    with pytest.raises(RecipeError, match="repairs low_rank, low_rank: name each once"):
+        check_composition(twice, resolve(twice, [FakeSite()]))
 
 
 def test_repairs_of_a_rule_count_as_those_of_the_recipe() -> None:

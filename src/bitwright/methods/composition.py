@@ -75,6 +75,8 @@ def check_composition(recipe: Recipe, plan: Plan) -> None:
         has_float_scales = entry.scheme.weights.scale in (MODEL_SCALE, "float32")
         if not solver.accepts(entry.scheme.weights.format) or (solver.moves_scales and not has_float_scales):
             raise RecipeError(f"{site}: method {entry.method} does not work on {entry.scheme}. {solver.hint}")
+        if len(set(entry.repairs)) != len(entry.repairs):
+            raise RecipeError(f"{site}: repairs {', '.join(entry.repairs)}: name each once.")
         for (first, second), reason in MISPLACED.items():
             if second in entry.repairs and first in entry.repairs[: entry.repairs.index(second)]:
                 raise RecipeError(f"{site}: {first} before {second}: {reason}. Name {second} first.")

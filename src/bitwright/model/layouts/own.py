@@ -58,6 +58,7 @@ NAME = "bitwright"
 WEIGHT, INPUT = "weight_", "input_"
 GUARD = "weight"
 _TOGETHER = (("column_index", "column_weight"), ("low_rank_a", "low_rank_b"))
+"""Stored one with the other, or not at all."""
 EXTRAS = ("transform_scale", "transform_hadamard", *(name for pair in _TOGETHER for name in pair), "output_correction")
 """What a site may have besides, whatever its scheme."""
 NEEDS_BITWRIGHT = (
