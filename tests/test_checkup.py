@@ -37,6 +37,7 @@ MORE_HEALTHY = (
     ("W4A16-g32-asym", "awq"), ("W4A16-g32", "rtn"), ("W8A8", "smoothquant"), ("W8A8-static", "rtn"), ("nf4", "rtn"),
     ("fp8", "rtn"), ("nvfp4-a16", "rtn"), ("ternary-g32", "rtn"), ("kmeans4", "rtn"), ("W2A16-g32", "gptq"),
     ("W4A16-g32", "hadamard"), ("W4A16-g32", "rotation+gptq"), ("W3A16-g32-asym", "awq+gptq+bias"),
+    ("W2A16-g32", "rtn+low_rank+bias"),
     ("W4A16-g32", "signround"), ("W4A16-g32-asym", "hqq"), ("W8A8", "llm_int8"), ("nf4-b64-dq", "rtn"),
     ("binary-g32", "rtn"), ("W4A8-g32", "rotation"),
 )  # fmt: skip

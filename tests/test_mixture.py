@@ -13,6 +13,7 @@ from bitwright.budget import Budget
 from bitwright.errors import RecipeError
 from bitwright.escalation import Rung, apply
 from bitwright.mixture import Search
+from bitwright.options import LowRankOptions
 from bitwright.pipeline import QuantizeResult, export, quantize
 from bitwright.preparation import open_model
 from bitwright.recipe import Calibration, Recipe, Rule, resolve
@@ -140,6 +141,57 @@ def test_repair_stops_where_the_budget_has_no_room(
     assert "no room" in done.failure
     schemes = resolve(Recipe.from_mapping(_recipe_of(done.result.run)), search.sites)
     assert search.costs_fit({name: entry.scheme and str(entry.scheme) for name, entry in schemes.sites.items()})
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "after"),
+    [
+        ("bitwright", 2, "W8A16-g32 gptaq+low_rank"),
+        ("bitwright", 64, "16 bit"),  # factors larger than the weight
+        ("pack-quantized", 2, "16 bit"),
+    ],
+)
+def test_the_last_rung_but_16_bit_is_a_low_rank_addend_where_the_layout_holds_one(
+    make: Make, tmp_path: Path, layout: str, rank: int, after: str
+) -> None:
+    """Of items that have the best method, the smallest groups and the most bits."""
+    recipes: list[Recipe] = []
+
+    def judge(recipe: Recipe, folder: Path) -> QuantizeResult:
+        recipes.append(recipe)
+        folder.mkdir(parents=True)
+        results = {"kl_mean": 2.0 - len(recipes), "perplexity": 1.0, "reference_perplexity": 1.0, "layouts": [layout]}
+        return QuantizeResult(run=folder, results=results, failure=None, resumed_blocks=0)
+
+    recipe = Recipe(method="gptaq", repairs=("bias",), low_rank=LowRankOptions(rank=rank))
+    search = make(recipe, average_bits=15.0, max_kl=0.5)
+    start = dict.fromkeys((site.name for site in search.sites), "W8A16-g32")
+    found = replace(search.run(rounds=0), schemes=start)
+    done = apply(search, found, found.recipe(recipe), tmp_path / "out", judge, repair=True)
+    assert {step.after for step in done.steps} == {after}
+    rules = {rule.pattern: rule.repairs for rule in recipes[-1].rules}
+    climbed = {site for step in done.steps for site in step.sites}
+    assert rules == dict.fromkeys(climbed, None if after == "16 bit" else ("low_rank", "bias"))
+    record = next(each for each in read_jsonl(done.result.run / "5-records.jsonl") if each["kind"] == "repair")
+    assert record["to"] == after
+
+
+def test_a_low_rank_addend_needs_room(make: Make) -> None:
+    search = make(Recipe(low_rank=LowRankOptions(rank=2)), average_bits=16.0)
+    schemes = dict.fromkeys((site.name for site in search.sites), "W8A16-g32")
+    num_weights = sum(site.out_features * site.in_features for site in search.sites)
+    first = search.sites[0]
+    size = search.size_bytes(list(schemes), "W8A16-g32")
+    addend = 2 * (first.out_features + first.in_features) * 4  # bytes of a float32
+    assert search.size_bytes([first.name], "W8A16-g32", addend=True) == addend + search.size_bytes(
+        [first.name], "W8A16-g32"
+    )
+    search.budget = Budget(average_bits=8 * (size + addend) / num_weights)
+    assert search.costs_fit(schemes, addends=[first.name])
+    assert not search.costs_fit(schemes, addends=list(schemes))
+    everywhere = make(Recipe(repairs=("low_rank",), low_rank=LowRankOptions(rank=2)), average_bits=16.0)
+    everywhere.budget = search.budget
+    assert not everywhere.costs_fit(schemes)
 
 
 def _recipe_of(run: Path) -> dict[str, Any]:

@@ -5,20 +5,25 @@ in 16 bit. They climb one rung, and the model is quantized again:
 
     a better method       rtn -> gptq -> gptaq
     smaller groups        128 -> 64 -> 32
-    the next scheme of the menu with more bits, at last 16 bit
+    more bits             the next scheme of the menu that has them
+    a low-rank addend     beside the codes, where the model is in bitwright's own layout, which alone holds one, and
+                          both together are smaller than 16 bit
+    16 bit
 
 A rung that the budget has no room for is left out. Every step is a record of the final run, and so in its report. All
 rounds are runs of their own until one is chosen, so that a killed command goes on where it stopped.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bitwright.errors import ShapeError
+from bitwright.methods.low_rank import LOW_RANK
 from bitwright.mixture import Found, Measure, Search
+from bitwright.model.layouts import own
 from bitwright.pipeline import QuantizeResult
 from bitwright.recipe import Recipe, Rule
 from bitwright.records import append_jsonl
@@ -40,9 +45,11 @@ class Rung:
 
     scheme: str | None
     method: str
+    low_rank: bool = False
 
     def __str__(self) -> str:
-        return "16 bit" if self.scheme is None else f"{self.scheme} {self.method}"
+        addend = f"+{LOW_RANK}" if self.low_rank else ""
+        return "16 bit" if self.scheme is None else f"{self.scheme} {self.method}{addend}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,13 +106,17 @@ def apply(search: Search, found: Found, recipe: Recipe, folder: Path, quantize: 
     Raises:
         BitwrightError: whatever `quantize` raises.
     """
-    rungs = {site: Rung(scheme=scheme, method=recipe.method) for site, scheme in found.schemes.items()}
+    everywhere = LOW_RANK in recipe.repairs
+    rungs = {
+        site: Rung(scheme=scheme, method=recipe.method, low_rank=everywhere) for site, scheme in found.schemes.items()
+    }
     result = quantize(recipe, folder / "round-0")
     steps: list[Step] = []
     if repair and _gap(search, result) > 1:
         with search.measuring(extra=_finer_groups(search.menu)) as measure:
             for number in range(1, MAX_ROUNDS + 1):
-                climbed = _climb(search, rungs, measure)
+                holds_addends = result.results["layouts"] == [own.NAME]
+                climbed = _climb(search, rungs, measure, holds_addends=holds_addends)
                 if not climbed or _gap(search, result) <= 1:
                     break
                 rungs |= {site: after for sites, _, after, _ in climbed for site in sites}
@@ -180,29 +191,32 @@ def _described(search: Search) -> dict[str, Any]:
 _Climbed = tuple[tuple[str, ...], Rung, Rung, float]
 
 
-def _climb(search: Search, rungs: Mapping[str, Rung], measure: Measure) -> list[_Climbed]:
+def _climb(search: Search, rungs: Mapping[str, Rung], measure: Measure, *, holds_addends: bool) -> list[_Climbed]:
     """The items that cost most and have a rung above: their sites, where they were, where they go, what they cost."""
     schemes = {site: rung.scheme for site, rung in rungs.items()}
     quantized = [sites for sites in search.sets if schemes[sites[0].name] is not None]
     names = [tuple(site.name for site in sites) for sites in quantized]
     without = [{**schemes, **dict.fromkeys(each, None)} for each in names]
     whole, *others = measure([schemes, *without])
+    addends = {site for site, rung in rungs.items() if rung.low_rank}
     losses = sorted(zip([whole - other for other in others], names, strict=True), reverse=True)
     climbed: list[_Climbed] = []
     for loss, sites in losses:
         if len(climbed) >= max(1, round(SHARE_PER_ROUND * len(names))):
             break
         before = rungs[sites[0]]
-        for after in _above(before, search.menu):
+        is_smaller = search.size_bytes(sites, before.scheme, addend=True) < search.size_bytes(sites, None)
+        for after in _above(before, search.menu, with_addend=holds_addends and is_smaller):
             trial = {**schemes, **dict.fromkeys(sites, after.scheme)}
-            if _fits(search, trial):
+            with_these = addends.union(sites if after.low_rank else ())
+            if _fits(search, trial, with_these):
                 climbed.append((sites, before, after, loss))
-                schemes = trial
+                schemes, addends = trial, with_these
                 break
     return climbed
 
 
-def _above(rung: Rung, menu: Sequence[str]) -> Iterator[Rung]:
+def _above(rung: Rung, menu: Sequence[str], *, with_addend: bool) -> Iterator[Rung]:
     """The rungs above one, nearest first."""
     if rung.scheme is None:
         return
@@ -217,6 +231,8 @@ def _above(rung: Rung, menu: Sequence[str]) -> Iterator[Rung]:
     for name in sorted(menu, key=lambda name: Scheme.parse(name).weights.format.bits):
         if Scheme.parse(name).weights.format.bits > bits:
             yield replace(rung, scheme=name)
+    if with_addend and not rung.low_rank:
+        yield replace(rung, low_rank=True)
     yield replace(rung, scheme=None)
 
 
@@ -233,22 +249,24 @@ def _finer_groups(menu: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in found if name is not None and name not in menu))
 
 
-def _fits(search: Search, schemes: Mapping[str, str | None]) -> bool:
+def _fits(search: Search, schemes: Mapping[str, str | None], addends: Collection[str]) -> bool:
     """Whether an assignment keeps the limits on cost."""
     try:
-        return search.costs_fit(schemes)
+        return search.costs_fit(schemes, addends=addends)
     except ShapeError:
         return False
 
 
 def _recipe_of(recipe: Recipe, rungs: Mapping[str, Rung]) -> Recipe:
+    everywhere = LOW_RANK in recipe.repairs
     rules = tuple(
         Rule(
             pattern=site,
             scheme=None if rung.scheme is None else Scheme.parse(rung.scheme),
             method=None if rung.scheme is None or rung.method == recipe.method else rung.method,
+            repairs=(LOW_RANK, *recipe.repairs) if rung.scheme and rung.low_rank and not everywhere else None,
         )
         for site, rung in rungs.items()
-        if (rung.scheme, rung.method) != (str(recipe.scheme), recipe.method)
+        if rung != Rung(scheme=str(recipe.scheme), method=recipe.method, low_rank=everywhere)
     )
     return replace(recipe, rules=rules)

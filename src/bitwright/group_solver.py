@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitwright.calibration.collect import SiteStats
 from bitwright.errors import CheckpointError, SingularHessian, VerificationError
-from bitwright.methods.repairs import REPAIRS
+from bitwright.methods.repairs import REPAIRS, RepairTask
 from bitwright.methods.solvers import SOLVERS, TRAINED_ELSEWHERE, Problem
 from bitwright.methods.stage import BlockStage, BlockTask
 from bitwright.model.layouts.own import input_scale
@@ -41,7 +41,8 @@ class SiteResult:
     """What became of one site.
 
     Attributes:
-        weight_sqnr_db: signal to noise of the weights; None where they are exact or all zero.
+        method: the solver, and the repairs after it.
+        weight_sqnr_db: signal to noise of the weights, repaired; None where they are exact or all zero.
         output_sqnr_db: signal to noise of the site's output on the calibration inputs; None without Hessian.
         saturated: fraction of codes at the ends of the range.
         ideal_bits_per_weight: bits per weight if the codes were entropy coded, scales included.
@@ -201,10 +202,11 @@ class GroupSolver:
             transform=start.stats.transform,
             columns=None if start.columns is None else start.columns.rows(rows.start, rows.stop),
         )
-        for name in self.recipe.repairs:
-            quantized = REPAIRS[name].apply(weight, quantized, start.stats)
         dtype = self._stored_dtype(site)
-        coded = quantized.weight.dequantize(dtype).float()
+        task = RepairTask(weight=weight, stats=start.stats, recipe=self.recipe, dtype=dtype)
+        for name in start.entry.repairs:
+            quantized = REPAIRS[name].apply(quantized, task)
+        coded = quantized.coded(dtype).float()
         detail = _describe(site, start, quantized, weight, coded)
         weight_view(stage.block, site, stage.name).copy_(quantized.dense(dtype))
         return site, quantized, detail
@@ -217,7 +219,7 @@ class GroupSolver:
         )
 
     def _planned_alike(self, members: list[Site]) -> list[list[Site]]:
-        """Sites with the same scheme and method; what one weight shares as a whole is not shared between sites.
+        """Sites planned alike, by scheme, method and repairs; what one weight shares as a whole stays apart.
 
         NVFP4's global scale is shared on purpose: engines fuse these sites into one weight.
         """
@@ -229,7 +231,8 @@ class GroupSolver:
             assert granularity is not None
             cuts_a_tile = site.out_features % (granularity.block_rows or 1) != 0
             alone = granularity.kind == "tensor" or cuts_a_tile or scheme.weights.scale == "nested"
-            alike.setdefault((scheme, entry.group_size, entry.method, site.name if alone else ""), []).append(site)
+            key = (scheme, entry.group_size, entry.method, entry.repairs, site.name if alone else "")
+            alike.setdefault(key, []).append(site)
         return list(alike.values())
 
     def _solve_stack(self, start: "_Start") -> QTensor:
@@ -348,7 +351,7 @@ def _describe(site: Site, start: "_Start", quantized: QuantizedSite, weight: Ten
     return SiteResult(
         site=site.name,
         scheme=str(start.entry.effective),
-        method=start.method,
+        method="+".join((start.method, *start.entry.repairs)),
         bits_per_weight=quantized.num_bits_total / weight.numel(),
         num_weights=weight.numel(),
         weight_sqnr_db=_finite(sqnr_db(weight, coded)),

@@ -12,7 +12,7 @@ a limit on quality is kept with room to spare; `repair` looks at what the finish
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from bitwright.budget import Budget
 from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
 from bitwright.inspection import probe_streamed
+from bitwright.methods.low_rank import LOW_RANK
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.preparation import model_sites
@@ -133,8 +134,9 @@ class Search:
         self.model, self.calibration, self.recipe, self.budget = model, calibration, recipe, budget
         self.folder, self.score, self.num_windows, self.progress = folder, score, num_windows, progress
         self.sensitivity: Sensitivity | None = None
-        self.shape: ModelShape = shape_of_model(model)
         self.sites = tuple(site for site in model_sites(model) if site.kind in QUANTIZABLE_KINDS)
+        everywhere = [site.name for site in self.sites] if LOW_RANK in recipe.repairs else []
+        self.shape = self._with_addends(shape_of_model(model), everywhere)
         self.menu = tuple(str(Scheme.parse(name)) for name in schemes or MENUS["weights"])
         self.allowed = _allowed(self.sites, self.menu, recipe, min_bits or {})
         fixed = {name for options in self.allowed.values() for name in options if name is not None}
@@ -203,16 +205,17 @@ class Search:
 
     def _choice(self, members: Sequence[Site], scheme: str | None, sensitivity: Sensitivity) -> Choice:
         loss = sum(0.0 if scheme is None else sensitivity.values[site.name][scheme] for site in members)
-        return replace(self._cost(members, scheme), loss=loss)
+        return replace(self._cost(self.shape, members, scheme), loss=loss)
 
-    def _cost(self, members: Sequence[Site], scheme: str | None) -> Choice:
+    def _cost(self, shape: ModelShape, members: Sequence[Site], scheme: str | None) -> Choice:
         """What sites cost in a scheme, whatever they lose."""
-        shape, hardware = self.shape, self.budget.hardware
+        hardware = self.budget.hardware
         latency = 0.0
         size = resident = 0
         for site in members:
             real = self._effective(site, scheme)
-            size += site_bytes(site, real, shape.site_dtypes[site.name], shape.dtype)
+            rank = shape.ranks.get(site.name, 0)
+            size += site_bytes(site, real, shape.site_dtypes[site.name], shape.dtype, rank=rank)
             resident += resident_bytes(shape, site, real, hardware)
             if hardware is not None:
                 latency += site_latency(shape, site, real, hardware, tokens=self.budget.work.batch)
@@ -242,14 +245,26 @@ class Search:
             max_latency_s=latency,
         )  # fmt: skip
 
-    def costs_fit(self, schemes: Mapping[str, str | None]) -> bool:
+    def costs_fit(self, schemes: Mapping[str, str | None], *, addends: Collection[str] = ()) -> bool:
         """Whether an assignment, also of schemes outside of the menu, keeps the limits on anything but quality.
 
+        Args:
+            schemes: site -> scheme.
+            addends: sites that get a low-rank addend beside those that the recipe gives one.
         Raises:
             ShapeError: groups that do not fit a row.
         """
-        chosen = [self._cost(members, schemes[members[0].name]) for members in self.sets]
+        shape = self._with_addends(self.shape, addends)
+        chosen = [self._cost(shape, members, schemes[members[0].name]) for members in self.sets]
         return replace(self.limits(), max_loss=None).hold(chosen)
+
+    def size_bytes(self, sites: Collection[str], scheme: str | None, *, addend: bool = False) -> int:
+        """Return the bytes of sites in one scheme, with low-rank addends or without."""
+        shape = self._with_addends(self.shape, sites if addend else ())
+        return self._cost(shape, [site for site in self.sites if site.name in sites], scheme).size_bytes
+
+    def _with_addends(self, shape: ModelShape, sites: Collection[str]) -> ModelShape:
+        return replace(shape, ranks={**shape.ranks, **dict.fromkeys(sites, self.recipe.low_rank.rank)})
 
     def _corrected(self, items: Sequence[Item], measure: Measure) -> tuple[Allocation, float]:
         """Allocate; where quality is limited, until the measured loss is within the limit and close to it."""

@@ -180,6 +180,16 @@ class BlockApOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LowRankOptions:
+    """Low-rank compensation: `rank` numbers per row and per column of a weight, beside its codes."""
+
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        _check(self.rank >= 1, "low_rank.rank", self.rank, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AutoOptions:
     """The data-driven choice: on how many blocks the candidates are tried, and which they are."""
 

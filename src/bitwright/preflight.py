@@ -1,5 +1,6 @@
 """What a run will need, estimated before any work, and refused when the machine does not have it."""
 
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,17 +10,21 @@ import psutil
 import torch
 
 from bitwright.errors import ResourceError
+from bitwright.methods.composition import needs_of_site
 from bitwright.methods.gatherer import STATISTICS_BYTES
-from bitwright.methods.solvers import SOLVERS
+from bitwright.methods.low_rank import LOW_RANK
 from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
+from bitwright.numerics.low_rank import factor_shapes
 from bitwright.recipe import Plan
 from bitwright.walk import needs_of
 
 DISK_MARGIN = 1.05
 HESSIAN_COPIES = 6
 """Alive at once: the Gram matrix, the Hessian made of it, its permutation, two of the factorisation; one to spare."""
+ERROR_COPIES = 3
+"""Of a weight's error and of the matrix whose eigenvectors a low-rank addend takes, beside Gram matrix and Hessian."""
 LOGIT_COPIES = 3
 """Logits of a window by model and reference, and a copy while one is computed."""
 WORKING_BYTES = 450_000_000
@@ -54,8 +59,9 @@ def estimate(
     *,
     transforms: Iterable[str] = (),
     guided_groups: int = 0,
+    rank: int = 0,
 ) -> Estimate:
-    """Predict sizes from shapes alone; `transforms` of the whole model write one each."""
+    """Predict sizes from shapes alone; `transforms` of the whole model write one each, `rank` is that of addends."""
     stored = model.skeleton.checkpoint.stored
     quantized_bits = quantized_weights = replaced_bytes = 0
     for site in sites:
@@ -66,6 +72,9 @@ def estimate(
         itemsize = stored[model.skeleton.sources[site.parameter][0]].dtype.itemsize
         scheme = replace(entry.scheme.weights, granularity=entry.granularity)
         quantized_bits += scheme.num_bits(site.out_features, site.in_features, float_bits=8 * itemsize)
+        if LOW_RANK in entry.repairs:
+            factors = factor_shapes(rank, site.out_features, site.in_features)
+            quantized_bits += 8 * itemsize * sum(math.prod(dims) for dims in factors)
         quantized_weights += weights
         replaced_bytes += weights * itemsize
     hidden = int(getattr(model.skeleton.model.config.get_text_config(), "hidden_size", 0))
@@ -118,19 +127,20 @@ def _memory(model: StreamedModel, sites: Sequence[Site], plan: Plan, num_windows
         for name, _ in model.skeleton.model.named_parameters()
         if not name.startswith(model.blocks_path + ".")
     )
-    hessian = 0
-    if num_windows:
-        for site in sites:
-            method = plan.sites[site.name].method
-            if method is not None and SOLVERS[method].needs_hessian:
-                hessian = max(hessian, 8 * site.in_features**2)
+    hessian = error = 0
+    for site in sites if num_windows else ():
+        entry, (rows, columns) = plan.sites[site.name], (site.out_features, site.in_features)
+        if "hessian" in needs_of_site(entry):
+            hessian = max(hessian, 8 * columns**2)
+        if LOW_RANK in entry.repairs:
+            error = max(error, 8 * ERROR_COPIES * (rows * columns + min(rows, columns) ** 2))
     needs = needs_of(plan)
     # Many sums at a time, up to the limit of a pass; a copy of the block, for what it was.
     sums = STATISTICS_BYTES if _has_experts(sites) or "guided" in needs else 0
     rounds = any(entry.scheme is not None and entry.scheme.activations is not None for entry in plan.sites.values())
     sums += hessian * (("cross" in needs) + rounds)
     copies = 3 if "cross" in needs else 2
-    inside = copies * block_bytes + HESSIAN_COPIES * hessian + sums
+    inside = copies * block_bytes + max(HESSIAN_COPIES * hessian, 2 * hessian + error) + sums
     vocabulary = int(getattr(model.skeleton.model.config.get_text_config(), "vocab_size", 0))
     return WORKING_BYTES + max(inside, outside + LOGIT_COPIES * 4 * seqlen * vocabulary)
 

@@ -186,7 +186,7 @@ def prepare(
     seqlen = recipe.calibration.seqlen
     needed = estimate(
         model, sites, plan, num_windows, num_gate, seqlen,
-        transforms=recipe.transforms, guided_groups=recipe.gptq.guided_groups,
+        transforms=recipe.transforms, guided_groups=recipe.gptq.guided_groups, rank=recipe.low_rank.rank,
     )  # fmt: skip
     check(needed, run.path)
     calibration, gate = _texts(model, recipe, num_windows, num_gate, device, trust_remote_code, progress)

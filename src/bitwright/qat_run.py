@@ -95,7 +95,7 @@ class QatTask:
     gradient_bits: int | None = None
 
     def __post_init__(self) -> None:
-        if self.recipe.transforms or self.recipe.repairs:
+        if self.recipe.transforms or self.recipe.all_repairs:
             raise RecipeError(
                 "train qat: starts from the model's own weights, which transforms and repairs change. "
                 "Name a solver alone."

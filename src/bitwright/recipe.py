@@ -33,6 +33,7 @@ from bitwright.options import (
     GptqOptions,
     HqqOptions,
     LlmInt8Options,
+    LowRankOptions,
     RotationOptions,
     SignRoundOptions,
     SmoothQuantOptions,
@@ -54,11 +55,15 @@ Layout = Literal["auto", "compressed-tensors", "bitwright"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """An exception for matching sites: a scheme (None leaves them in 16 bit), a method (None means the recipe's)."""
+    """An exception for matching sites: a scheme (None leaves them in 16 bit), a method and repairs.
+
+    Without a method or repairs of its own it takes the recipe's.
+    """
 
     pattern: str
     scheme: Scheme | None
     method: str | None = None
+    repairs: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_pattern(self.pattern)
@@ -112,6 +117,7 @@ class Recipe:
     rotation: RotationOptions = field(default_factory=RotationOptions)
     llm_int8: LlmInt8Options = field(default_factory=LlmInt8Options)
     hqq: HqqOptions = field(default_factory=HqqOptions)
+    low_rank: LowRankOptions = field(default_factory=LowRankOptions)
     signround: SignRoundOptions = field(default_factory=SignRoundOptions)
     block_ap: BlockApOptions = field(default_factory=BlockApOptions)
     auto: AutoOptions = field(default_factory=AutoOptions)
@@ -134,6 +140,12 @@ class Recipe:
     def methods(self) -> tuple[str, ...]:
         """Every method the recipe names, its own first; whoever knows the methods checks them before any work."""
         return tuple(dict.fromkeys([self.method, *(rule.method for rule in self.rules if rule.method is not None)]))
+
+    @property
+    def all_repairs(self) -> tuple[str, ...]:
+        """Every repair that the recipe names, for all sites or by a rule."""
+        named = (self.repairs, *(rule.repairs for rule in self.rules if rule.repairs is not None))
+        return tuple(dict.fromkeys(name for repairs in named for name in repairs))
 
     def range_method_for(self, *, has_statistics: bool) -> RangeMethod:
         """Return the range method a site really uses; never "auto".
@@ -201,6 +213,7 @@ class SitePlan:
     group_size: int | None
     method: str | None
     reason: str
+    repairs: tuple[str, ...] = ()
 
     @property
     def granularity(self) -> Granularity | None:
@@ -294,18 +307,19 @@ def _plan_site(recipe: Recipe, site: Site) -> SitePlan:
     for pattern in recipe.ignore:
         if matches(pattern, site.name):
             return _kept(f"ignored by pattern '{pattern}'")
-    scheme, method, reason = recipe.scheme, recipe.method, "recipe"
+    scheme, method, repairs, reason = recipe.scheme, recipe.method, recipe.repairs, "recipe"
     for rule in reversed(recipe.rules):
         if matches(rule.pattern, site.name):
             if rule.scheme is None:
                 return _kept(f"kept by rule '{rule.pattern}'")
             scheme, method, reason = rule.scheme, rule.method or recipe.method, f"rule '{rule.pattern}'"
+            repairs = recipe.repairs if rule.repairs is None else rule.repairs
             break
     group_size = _group_size(scheme, site, recipe.ragged)
     asked = scheme.weights.granularity.group_size
     if group_size != asked:
         reason += f"; group_size {group_size} in place of {asked}, which does not divide in_features {site.in_features}"
-    return SitePlan(scheme=scheme, group_size=group_size, method=method, reason=reason)
+    return SitePlan(scheme=scheme, group_size=group_size, method=method, reason=reason, repairs=repairs)
 
 
 def _kept(reason: str) -> SitePlan:

@@ -25,6 +25,7 @@ from bitwright.errors import VerificationError
 from bitwright.evaluation.streamed import enter_all
 from bitwright.exporters.model_writer import ModelWriter, reread_equals
 from bitwright.group_solver import GroupSolver, SiteResult
+from bitwright.methods.composition import needs_of_site
 from bitwright.methods.gatherer import Gatherer
 from bitwright.methods.solvers import SOLVERS, Need
 from bitwright.methods.stage import BlockStage
@@ -49,8 +50,7 @@ GUIDED = "guided.safetensors"
 
 def needs_of(plan: Plan) -> frozenset[Need]:
     """What the methods of a plan must be given; a block's outputs before quantization wherever its inputs are."""
-    methods = {entry.method for entry in plan.sites.values() if entry.method is not None}
-    needs: set[Need] = {need for method in methods for need in SOLVERS[method].needs}
+    needs: set[Need] = {need for entry in plan.sites.values() for need in needs_of_site(entry)}
     if "cross" in needs:
         needs.add("teacher")
     return frozenset(needs)

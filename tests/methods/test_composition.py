@@ -1,6 +1,6 @@
 """Compositions: what a name stands for, and what is refused with the reason."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -9,6 +9,7 @@ from bitwright.methods.composition import (
     EXCLUDES,
     check_composition,
     compose,
+    needs_of_site,
     needs_own_layout,
     needs_text,
     require_known,
@@ -16,7 +17,8 @@ from bitwright.methods.composition import (
 from bitwright.methods.repairs import REPAIRS
 from bitwright.methods.solvers import SOLVERS
 from bitwright.methods.transforms import TRANSFORMS
-from bitwright.recipe import Plan, Recipe, resolve
+from bitwright.recipe import Plan, Recipe, Rule, resolve
+from bitwright.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,37 @@ def test_what_works_without_text_is_known() -> None:
     for text in ("rtn", "hqq", "hadamard"):
         scheme = "W4A16-g32-asym"
         assert needs_text(recipe_of(text, scheme), plan_of(recipe_of(text, scheme))) is None
-    for text, part in (("awq", "awq"), ("gptq", "gptq"), ("signround", "signround"), ("rtn+bias", "bias")):
+    for text, part in (
+        ("awq", "awq"),
+        ("gptq", "gptq"),
+        ("signround", "signround"),
+        ("rtn+bias", "bias"),
+        ("rtn+low_rank", "low_rank"),
+    ):
         assert needs_text(recipe_of(text), plan_of(recipe_of(text))) == part
+
+
+def test_repairs_in_an_order_in_which_one_undoes_the_other_are_refused() -> None:
+    for text in ("rtn+bias+low_rank", "gptq+bias+low_rank"):
+        with pytest.raises(RecipeError, match=r"bias before low_rank: .*Name low_rank first"):
+            check_composition(recipe_of(text), plan_of(recipe_of(text)))
+    check_composition(recipe_of("rtn+low_rank+bias"), plan_of(recipe_of("rtn+low_rank+bias")))
+    twice = Recipe(repairs=("low_rank", "low_rank"))
+    with pytest.raises(RecipeError, match="repairs low_rank, low_rank: name each once"):
+        check_composition(twice, resolve(twice, [FakeSite()]))
+
+
+def test_repairs_of_a_rule_count_as_those_of_the_recipe() -> None:
+    rule = Rule(pattern="*.down_proj", scheme=Scheme.parse("W4A16-g32"), repairs=("low_rank",))
+    recipe = Recipe(scheme=rule.scheme, method="rtn", repairs=("bias",), rules=(rule,))
+    plan = resolve(recipe, [FakeSite(), FakeSite(name="model.layers.0.mlp.up_proj")])
+    assert recipe.all_repairs == ("bias", "low_rank")
+    assert [entry.repairs for entry in plan.sites.values()] == [("low_rank",), ("bias",)]
+    assert [needs_of_site(entry) for entry in plan.sites.values()] == [{"hessian"}, {"moments"}]
+    assert needs_text(replace(recipe, repairs=()), plan) == "low_rank"
+    assert needs_own_layout(replace(recipe, repairs=())) == "low_rank"
+    with pytest.raises(UnknownName, match="Did you mean 'low_rank'"):
+        require_known(replace(recipe, rules=(replace(rule, repairs=("low_rnk",)),)))
 
 
 def test_what_only_our_own_layout_holds_is_known() -> None:

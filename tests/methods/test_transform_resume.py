@@ -22,7 +22,7 @@ def shards(run: Path) -> dict[str, str]:
     [
         ("W3A16-g32", ["awq"], []),
         ("W8A8-static", ["smoothquant"], []),
-        ("W8A8", ["llm_int8"], ["bias"]),
+        ("W8A8", ["llm_int8"], ["low_rank", "bias"]),
         ("W4A8-g32", ["awq"], ["bias"]),
     ],
 )

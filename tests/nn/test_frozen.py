@@ -12,6 +12,7 @@ from bitwright.nn.linear import QuantizedLinear
 from bitwright.numerics.fitting import fit
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.inputs import FloatColumns, InputQuantizer, InputTransform, QuantizedSite
+from bitwright.numerics.low_rank import LowRank
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import store_scale
 from bitwright.numerics.scale_formats import SCALE_FORMATS
@@ -73,6 +74,7 @@ def test_the_gradient_is_the_derivative(name: str) -> None:
         {"correction": torch.ones(OUT)},
         {"transform": InputTransform(scale=torch.linspace(0.5, 2, IN), hadamard=32)},
         {"columns": FloatColumns(index=torch.tensor([3, 40], dtype=torch.int32), weight=torch.ones(OUT, 2))},
+        {"low_rank": LowRank(a=torch.ones(2, IN), b=torch.ones(OUT, 2))},
     ],
     ids=lambda extras: next(iter(cast(dict[str, object], extras))),
 )

@@ -1,5 +1,6 @@
 """Sizes from shapes alone must be those of the files, tensor by tensor."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import store_scale
 from bitwright.numerics.scale_formats import SCALE_FORMATS
 from bitwright.numerics.scales import FloatScale
+from bitwright.options import LowRankOptions
 from bitwright.pipeline import quantize
-from bitwright.recipe import Calibration, Recipe
+from bitwright.preflight import estimate
+from bitwright.recipe import Calibration, Plan, Recipe, Rule
 from bitwright.schemes import MODEL_SCALE, Scheme
 from bitwright.search.model_shape import StoredTensor, shape_of_config, shape_of_model
 from bitwright.search.stored_size import exported_bytes, file_bytes, site_tensors
@@ -86,6 +89,37 @@ def test_a_run_writes_as_many_bytes_as_predicted(name: str, tiny_llama_dir: Path
     written = sum(file.stat().st_size for file in (tmp_path / "run" / "4-model").glob("*.safetensors"))
     shape = shape_of_model(StreamedModel(open_checkpoint(tiny_llama_dir)))
     assert exported_bytes(shape, shape.uniform(scheme)) == written
+
+
+def test_low_rank_addends_are_counted_where_a_rule_asks_for_them(
+    tiny_llama_dir: Path, tmp_path: Path, tiny_text: str
+) -> None:
+    (tmp_path / "text.txt").write_text(tiny_text)
+    scheme, rank = Scheme.parse("W4A16-g32"), 3
+    recipe = Recipe(
+        scheme=scheme, method="rtn", max_kl=100.0, low_rank=LowRankOptions(rank=rank),
+        rules=(Rule(pattern="*.v_proj", scheme=scheme, repairs=("low_rank",)),),
+        calibration=Calibration(text=str(tmp_path / "text.txt"), num_samples=2, seqlen=64),
+    )  # fmt: skip
+    done = quantize(tiny_llama_dir, recipe, tmp_path / "run")
+    written = sum(file.stat().st_size for file in (tmp_path / "run" / "4-model").glob("*.safetensors"))
+    model = StreamedModel(open_checkpoint(tiny_llama_dir))
+    shape = shape_of_model(model)
+    repaired = [site for site in shape.sites if site.name.endswith("v_proj")]
+    shape = replace(shape, ranks={site.name: rank for site in repaired})
+    assignment = shape.uniform(scheme)
+    assert exported_bytes(shape, assignment) == written
+    plan = Plan.load(tmp_path / "run" / "3-plan.yaml")
+    assert {name for name, entry in plan.sites.items() if entry.repairs} == {site.name for site in repaired}
+    packed = open_checkpoint(tmp_path / "run" / "4-model")
+    for site in shape.sites:
+        assert (packed.read_packed(f"{site.name}.weight").low_rank is not None) == (site in repaired)
+    added = sum(rank * (site.out_features + site.in_features) for site in repaired) * shape.dtype.itemsize
+    num_weights = sum(site.out_features * site.in_features for site in shape.sites)
+    needed = estimate(model, list(shape.sites), plan, 2, 2, 64, rank=rank).quantized_bits_per_weight
+    plain = estimate(model, list(shape.sites), plan, 2, 2, 64).quantized_bits_per_weight
+    assert needed == pytest.approx(done.results["bits_per_weight"])
+    assert (needed - plain) * num_weights == pytest.approx(8 * added)
 
 
 def test_a_configuration_tells_what_the_checkpoint_tells(tiny_llama_dir: Path) -> None:

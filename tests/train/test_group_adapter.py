@@ -12,6 +12,7 @@ from bitwright.numerics.fitting import fit
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.inputs import FloatColumns, InputQuantizer, InputTransform, QuantizedSite
 from bitwright.numerics.integer import FLOAT_ZERO_DTYPE
+from bitwright.numerics.low_rank import LowRank
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scales import FloatScale
 from bitwright.schemes import Scheme
@@ -103,8 +104,9 @@ def test_a_fresh_adapter_changes_no_bit() -> None:
         {"correction": torch.ones(OUT)},
         {"transform": InputTransform(scale=torch.linspace(0.5, 2, IN), hadamard=32)},
         {"columns": FloatColumns(index=torch.tensor([3, 40], dtype=torch.int32), weight=torch.ones(OUT, 2))},
+        {"low_rank": LowRank(a=torch.ones(2, IN), b=torch.ones(OUT, 2))},
     ],
-    ids=["plain", "correction", "transform", "columns"],
+    ids=["plain", "correction", "transform", "columns", "low_rank"],
 )
 def test_gradients_are_those_of_the_weight_with_trained_zero_points(extras: dict[str, object]) -> None:
     """Autograd through scale * (code - zero point), written out, with rounding of zero points ignored."""
@@ -119,6 +121,8 @@ def test_gradients_are_those_of_the_weight_with_trained_zero_points(extras: dict
     if site.columns is not None:
         keep = torch.ones(IN).index_fill(0, site.columns.index.long(), 0)
         weight = weight * keep + torch.zeros(OUT, IN).index_copy(1, site.columns.index.long(), site.columns.weight)
+    if site.low_rank is not None:
+        weight = weight + site.low_rank.product()
     inputs = x if site.transform is None else site.transform.apply(x)
     expected = torch.autograd.grad(inputs @ weight.T, (x, adapter.lora_a, adapter.lora_b), dy)
     for one, other in zip(found, expected, strict=True):

@@ -60,8 +60,8 @@ class SiteCase:
 
     @property
     def coded(self) -> Tensor:
-        """What the codes do hold."""
-        dense, columns = self.quantized.weight.dequantize(), self.quantized.columns
+        """What the codes do hold, with what is added to them."""
+        dense, columns = self.quantized.coded(), self.quantized.columns
         return dense if columns is None else dense.index_fill(1, columns.index.long(), 0.0)
 
 

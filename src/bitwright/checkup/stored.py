@@ -138,7 +138,7 @@ def decode_site(checkpoint: DamagedCheckpoint, name: str) -> QuantizedSite | Fin
     if found is None:
         try:
             decoded = checkpoint.read_packed(name)
-            found = not_finite(name, decoded.weight.dequantize())
+            found = not_finite(name, decoded.coded())
             if found is None:
                 return decoded
         except (BitwrightError, KeyError, ValueError, RuntimeError) as error:

@@ -11,7 +11,8 @@ With floating-point codes (FP8, FP4), tables or float zero points the hardware a
 multiplies the dequantized values, which moves the scales into the sum, and rounds each value once more at most.
 
 Inputs may be transformed before they become codes, some columns may stay floats (their inputs are then 0 among the
-codes), and a correction may be added: see `QuantizedSite`.
+codes), a matrix of low rank may meet what the inputs' codes stand for, and a correction may be added: see
+`QuantizedSite`.
 
 Legend: T tokens, O out features, I in features.
 """
@@ -54,8 +55,10 @@ def linear(x: Tensor, site: QuantizedSite, bias: Tensor | None = None) -> Tensor
         index = site.columns.index.long()
         apart = rows[:, index].float() @ site.columns.weight.float().T
         rows = rows.index_fill(1, index, 0.0)
-    result = product(site.inputs.quantize(rows), site.weight)
-    for addend in (apart, site.correction, bias):
+    codes = site.inputs.quantize(rows)
+    result = product(codes, site.weight)
+    thin = None if site.low_rank is None else site.low_rank.apply(codes.dequantize())
+    for addend in (apart, thin, site.correction, bias):
         if addend is not None:
             result = result + addend.float()
     return result.to(x.dtype).reshape(*x.shape[:-1], -1)

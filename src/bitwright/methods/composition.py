@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from bitwright.errors import RecipeError, UnknownName, did_you_mean
+from bitwright.methods.low_rank import LOW_RANK
 from bitwright.methods.repairs import REPAIRS
-from bitwright.methods.solvers import SOLVERS
+from bitwright.methods.solvers import SOLVERS, Need
 from bitwright.methods.transforms import TRANSFORMS
-from bitwright.recipe import Plan, Recipe
+from bitwright.recipe import Plan, Recipe, SitePlan
 from bitwright.schemes import MODEL_SCALE
 
 DEFAULT_SOLVER = "rtn"
@@ -17,6 +18,8 @@ EXCLUDES = {
     ("awq", "smoothquant"): "both scale the same edges, for different ends; choose one",
 }
 """Transforms that undo each other, and why."""
+MISPLACED = {("bias", LOW_RANK): "the mean of what is left is known last"}
+"""Repairs that must not come in this order, and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +53,7 @@ def compose(text: str) -> Composition:
 
 def require_known(recipe: Recipe) -> None:
     """Raises UnknownName for a transform, solver or repair that nobody registered."""
-    for names, registry in ((recipe.transforms, TRANSFORMS), (recipe.methods, SOLVERS), (recipe.repairs, REPAIRS)):
+    for names, registry in ((recipe.transforms, TRANSFORMS), (recipe.methods, SOLVERS), (recipe.all_repairs, REPAIRS)):
         for name in names:
             _ = registry[name]
 
@@ -72,10 +75,22 @@ def check_composition(recipe: Recipe, plan: Plan) -> None:
         has_float_scales = entry.scheme.weights.scale in (MODEL_SCALE, "float32")
         if not solver.accepts(entry.scheme.weights.format) or (solver.moves_scales and not has_float_scales):
             raise RecipeError(f"{site}: method {entry.method} does not work on {entry.scheme}. {solver.hint}")
+        if len(set(entry.repairs)) != len(entry.repairs):
+            raise RecipeError(f"{site}: repairs {', '.join(entry.repairs)}: name each once.")
+        for (first, second), reason in MISPLACED.items():
+            if second in entry.repairs and first in entry.repairs[: entry.repairs.index(second)]:
+                raise RecipeError(f"{site}: {first} before {second}: {reason}. Name {second} first.")
         for name, transform in zip(recipe.transforms, transforms, strict=True):
             reason = transform.refuses(site, entry, recipe)
             if reason is not None:
                 raise RecipeError(f"{site}: {name} with {entry.scheme}: {reason}")
+
+
+def needs_of_site(entry: SitePlan) -> frozenset[Need]:
+    """Return what solver and repairs of a site must be given; nothing for one that is kept."""
+    if entry.method is None:
+        return frozenset()
+    return SOLVERS[entry.method].needs.union(*(REPAIRS[name].needs for name in entry.repairs))
 
 
 def needs_text(recipe: Recipe, plan: Plan) -> str | None:
@@ -85,7 +100,7 @@ def needs_text(recipe: Recipe, plan: Plan) -> str | None:
             return name
     methods = sorted({entry.method for entry in plan.sites.values() if entry.method is not None})
     needing = [method for method in methods if SOLVERS[method].needs]
-    return needing[0] if needing else next(iter(recipe.repairs), None)
+    return needing[0] if needing else next((name for name in recipe.all_repairs if REPAIRS[name].needs), None)
 
 
 def needs_own_layout(recipe: Recipe) -> str | None:
@@ -93,7 +108,7 @@ def needs_own_layout(recipe: Recipe) -> str | None:
     for name in recipe.transforms:
         if TRANSFORMS[name].needs_own_layout(recipe):
             return name
-    return next((name for name in recipe.repairs if REPAIRS[name].needs_own_layout), None)
+    return next((name for name in recipe.all_repairs if REPAIRS[name].needs_own_layout), None)
 
 
 def _kind(part: str, text: str) -> int:

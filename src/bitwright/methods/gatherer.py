@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bitwright.calibration.collect import SiteStats
 from bitwright.calibration.output_gradients import load_output_gradients
+from bitwright.methods.composition import needs_of_site
 from bitwright.methods.solvers import SOLVERS, Need, Solver
 from bitwright.methods.stage import BlockStage
 from bitwright.model.structure import BlockStructure, collection_passes
@@ -63,7 +64,7 @@ class Gatherer:
         names = [name for group in groups for name in group]
         if stage.inputs is None:
             return {name: SiteStats(transform=stage.input_transforms.get(name)) for name in names}
-        needs: set[Need] = {need for name in names for need in self.solver(name).needs}
+        needs: set[Need] = {need for name in names for need in needs_of_site(self.plan.sites[name])}
         calibrated = self._calibrated(names)
         if "hessian" not in needs:
             return stage.collect(groups, with_gram=False, calibrated=calibrated)

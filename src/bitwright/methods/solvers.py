@@ -88,11 +88,6 @@ class Solver:
     moves_scales: bool = False
     hint: str = "Use gptq or rtn."
 
-    @property
-    def needs_hessian(self) -> bool:
-        """Whether the statistics must include Σ x xᵀ."""
-        return "hessian" in self.needs
-
 
 def _rtn(weight: Tensor, grid: AnyGrid, _problem: Problem) -> QTensor:
     return rtn(weight, grid)

@@ -17,6 +17,7 @@ from bitwright.numerics.formats import LevelFormat
 from bitwright.numerics.granularity import Granularity
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.hadamard import hadamard
+from bitwright.numerics.low_rank import LowRank
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ranges import FLOAT32, fit_grid
 from bitwright.numerics.scales import ScaleFormat
@@ -132,6 +133,7 @@ class QuantizedSite:
         inputs: how inputs become codes; None where they stay floats.
         transform: what happens to inputs before; None for nothing.
         columns: columns that stay floats; never beside a transform.
+        low_rank: added to what the codes stand for; None for nothing.
         correction: [O] float32, added to the output; None for nothing.
     """
 
@@ -139,11 +141,18 @@ class QuantizedSite:
     inputs: InputQuantizer | None = None
     transform: InputTransform | None = None
     columns: FloatColumns | None = None
+    low_rank: LowRank | None = None
     correction: Tensor | None = None
+
+    def coded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight [O, I] that meets transformed inputs, but for the columns that stay floats."""
+        if self.low_rank is None:
+            return self.weight.dequantize(dtype)
+        return (self.weight.dequantize() + self.low_rank.product()).to(dtype)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [O, I] for inputs as the model has them, without transform."""
-        dense = self.weight.dequantize(torch.float32 if self.transform is not None else dtype)
+        dense = self.coded(torch.float32 if self.transform is not None else dtype)
         if self.columns is not None:
             dense = self.columns.put_into(dense)
         return dense if self.transform is None else self.transform.from_weight(dense).to(dtype)
@@ -156,7 +165,7 @@ class QuantizedSite:
     @property
     def num_bits_total(self) -> int:
         """Bits of all that is stored for the weight: codes, scales, tables, and what stays floats."""
-        extra = 0 if self.columns is None else self.columns.num_bits
+        extra = sum(part.num_bits for part in (self.columns, self.low_rank) if part is not None)
         for tensor in (self.correction, None if self.transform is None else self.transform.scale):
             extra += 0 if tensor is None else 32 * tensor.numel()
         return self.weight.num_bits_total + extra
@@ -168,6 +177,7 @@ class QuantizedSite:
             inputs=None if self.inputs is None else self.inputs.to(device),
             transform=None if self.transform is None else self.transform.to(device),
             columns=None if self.columns is None else self.columns.to(device),
+            low_rank=None if self.low_rank is None else self.low_rank.to(device),
             correction=None if self.correction is None else self.correction.to(device),
         )
 

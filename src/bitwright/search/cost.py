@@ -109,7 +109,8 @@ def resident_bytes(shape: ModelShape, site: Site, scheme: Scheme | None, hardwar
     """Bytes of a site in the memory of a device, where it lies as it is multiplied."""
     if hardware is not None and _is_decoded(site, scheme, hardware):
         return site.out_features * site.in_features * shape.dtype.itemsize
-    return site_bytes(site, scheme, shape.site_dtypes[site.name], shape.dtype)
+    rank = shape.ranks.get(site.name, 0)
+    return site_bytes(site, scheme, shape.site_dtypes[site.name], shape.dtype, rank=rank)
 
 
 def site_seconds(

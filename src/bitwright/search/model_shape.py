@@ -10,7 +10,7 @@ somewhat fewer experts than the expected number.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,6 +85,7 @@ class ModelShape:
         vocab_size: logits per token.
         max_context: tokens the model was made for; None if its configuration does not say.
         routed: experts that a token goes through, of how many; None for a dense model.
+        ranks: site -> rank of the low-rank addend that it gets if it is quantized; only bitwright's layout holds one.
     """
 
     name: str
@@ -104,6 +105,7 @@ class ModelShape:
     vocab_size: int
     max_context: int | None
     routed: tuple[int, int] | None
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def share(self, site: Site) -> float:
         """Return the part of all tokens that reach a site: those sent to an expert, and every token elsewhere."""

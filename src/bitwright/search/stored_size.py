@@ -1,8 +1,8 @@
 """Bytes of a quantized model in its files, tensor by tensor and header by header, before anything is quantized.
 
 Every layout is a table of tensors (their names, shapes and dtypes), so that sizes are exact wherever shapes decide
-them. They do not decide what a method adds to a site (scales of inputs, float columns, corrections) nor how many
-weights are outliers, of which a scheme gives only the share.
+them. They do not decide what else a method adds to a site (scales of inputs, float columns, corrections; of low-rank
+addends the shape is known) nor how many weights are outliers, of which a scheme gives only the share.
 
 Legend: O out features, I in features, R rows of scales, G groups.
 """
@@ -20,6 +20,7 @@ from bitwright.model.sites import Site
 from bitwright.numerics.codebook_grid import CodebookFormat, LearnedTableFormat
 from bitwright.numerics.formats import has_float_zero
 from bitwright.numerics.integer import FLOAT_ZERO_DTYPE
+from bitwright.numerics.low_rank import factor_shapes
 from bitwright.numerics.outliers import MAX_SHORT_COLUMNS
 from bitwright.numerics.packing import num_words
 from bitwright.numerics.ternary import TernaryFormat
@@ -75,6 +76,8 @@ def stored_tensors(
     one product, where files may hold two: that is a few hundred bytes of header for each expert.
     """
     layouts: dict[str, str] = {}
+    if any(shape.ranks.get(name) for name, scheme in assignment.items() if scheme is not None):
+        layout = own.NAME
     if any(scheme is not None for scheme in assignment.values()):
         plan = shape.plan(assignment)
         layouts = choose_layouts(shape.sites, plan, layout, dtype=shape.dtype, stored=shape.site_dtypes)
@@ -86,11 +89,14 @@ def stored_tensors(
             dims = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
             tensors.append(StoredTensor(name=f"{module}.weight", shape=dims, dtype=dtype))
         else:
-            tensors += _named(module, site_tensors(site, scheme, layouts[site.name], dtype))
+            rank = shape.ranks.get(site.name, 0)
+            tensors += _named(module, site_tensors(site, scheme, layouts[site.name], dtype, rank=rank))
     return tensors
 
 
-def site_bytes(site: Site, scheme: Scheme | None, dtype: torch.dtype, model_dtype: torch.dtype) -> int:
+def site_bytes(
+    site: Site, scheme: Scheme | None, dtype: torch.dtype, model_dtype: torch.dtype, *, rank: int = 0
+) -> int:
     """Bytes of one site's tensors, without its share of a header.
 
     Args:
@@ -98,16 +104,17 @@ def site_bytes(site: Site, scheme: Scheme | None, dtype: torch.dtype, model_dtyp
         scheme: with the granularity that is really used; None for the weight itself.
         dtype: of the weight as it is stored.
         model_dtype: decides, with the scheme, which layout holds it.
+        rank: of its low-rank addend; 0 for none.
     """
     if scheme is None:
         return site.out_features * site.in_features * dtype.itemsize
-    layout = ct.layout_of(scheme, site.in_features, model_dtype) or own.NAME
-    parts = site_tensors(site, scheme, layout, dtype)
+    held = None if rank else ct.layout_of(scheme, site.in_features, model_dtype)
+    parts = site_tensors(site, scheme, held or own.NAME, dtype, rank=rank)
     return sum(tensor.num_bytes for tensor in _named("", parts))
 
 
 def site_tensors(
-    site: Site, scheme: Scheme, layout: str, dtype: torch.dtype
+    site: Site, scheme: Scheme, layout: str, dtype: torch.dtype, *, rank: int = 0
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of every tensor of a site, by the names inside its module.
 
@@ -116,6 +123,7 @@ def site_tensors(
         scheme: with the granularity that is really used.
         layout: a name in compressed-tensors' `LAYOUTS`, or bitwright's own.
         dtype: of the weight, which plain scales have too.
+        rank: of its low-rank addend; 0 for none.
     """
     rows, columns = site.out_features, site.in_features
     weights = scheme.weights
@@ -126,6 +134,9 @@ def site_tensors(
     parts |= _zero_points(weights, rows, columns, layout)
     if scheme.activations is not None:
         parts |= _inputs(scheme.activations, columns, layout)
+    if rank:
+        a, b = factor_shapes(rank, rows, columns)
+        parts |= {"low_rank_a": (a, dtype), "low_rank_b": (b, dtype)}
     return parts
 
 

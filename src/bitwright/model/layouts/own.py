@@ -13,6 +13,7 @@
     <module>.transform_scale          float32 [I]; inputs are divided by it before anything else
     <module>.transform_hadamard       int64 [1]; block size of the Hadamard rotation that inputs go through next
     <module>.column_index, _weight    int32 [k], floats [O, k]; columns that stay floats
+    <module>.low_rank_a, _b           floats [k, I], [O, k]; B A is added to the weight that the codes stand for
     <module>.output_correction        float32 [O]; added to the output
 
 Stored codes count from 0: `min_code` is subtracted. The scheme, by name, is in the configuration.
@@ -22,7 +23,7 @@ things make it refuse. The configuration's `transformers_weights`, the name of t
 instead, which transformers quotes in its error. And where that entry is lost, as when a model is saved again, the
 guards do not fit the shapes of the weights.
 
-Legend: O out features, I in features, R rows of scales, G groups, K entries of a table, n outliers.
+Legend: O out features, I in features, R rows of scales, G groups, K entries of a table, n outliers, k rank.
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ from bitwright.numerics.grid import AnyGrid, Grid
 from bitwright.numerics.inputs import FloatColumns, InputQuantizer, InputTransform, QuantizedSite
 from bitwright.numerics.integer import FLOAT_ZERO_DTYPE
 from bitwright.numerics.learned_table import table_format
+from bitwright.numerics.low_rank import LowRank
 from bitwright.numerics.minifloat import MinifloatFormat
 from bitwright.numerics.nested import NestedScale
 from bitwright.numerics.outliers import SparseOutliers
@@ -55,7 +57,9 @@ from bitwright.schemes import MODEL_SCALE, ActivationScheme, Scheme, WeightSchem
 NAME = "bitwright"
 WEIGHT, INPUT = "weight_", "input_"
 GUARD = "weight"
-EXTRAS = ("transform_scale", "transform_hadamard", "column_index", "column_weight", "output_correction")
+_TOGETHER = (("column_index", "column_weight"), ("low_rank_a", "low_rank_b"))
+"""Stored one with the other, or not at all."""
+EXTRAS = ("transform_scale", "transform_hadamard", *(name for pair in _TOGETHER for name in pair), "output_correction")
 """What a site may have besides, whatever its scheme."""
 NEEDS_BITWRIGHT = (
     "this model needs the package bitwright: pip install bitwright, then `import bitwright` before from_pretrained"
@@ -97,11 +101,15 @@ def decode(scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantizedSite:
     columns: FloatColumns | None = None
     if "column_index" in stored:
         columns = FloatColumns(index=stored["column_index"], weight=stored["column_weight"])
+    low_rank: LowRank | None = None
+    if "low_rank_a" in stored:
+        low_rank = LowRank(a=stored["low_rank_a"], b=stored["low_rank_b"])
     return QuantizedSite(
         weight=QTensor(codes=codes, grid=grid, outliers=outliers),
         inputs=inputs,
         transform=_decode_transform(stored),
         columns=columns,
+        low_rank=low_rank,
         correction=stored.get("output_correction"),
     )
 
@@ -228,15 +236,18 @@ def _expected_outliers(found: Mapping[str, Stored], num_rows: int) -> dict[str, 
 def _expected_extras(found: Mapping[str, Stored], num_rows: int, in_features: int) -> dict[str, _Allowed]:
     """What a site may have, whatever its scheme, if there is anything of it."""
     num_columns = found["column_index"][0] if "column_index" in found else (0,)
+    rank = found["low_rank_a"][0][:1] if "low_rank_a" in found else (0,)
     optional: dict[str, _Allowed] = {
         "transform_scale": ((in_features,), (torch.float32,)),
         "transform_hadamard": ((1,), (torch.int64,)),
         "column_index": (num_columns, (torch.int32,)),
         "column_weight": ((num_rows, *num_columns), STORED_DTYPES),
+        "low_rank_a": ((*rank, in_features), STORED_DTYPES),
+        "low_rank_b": ((num_rows, *rank), STORED_DTYPES),
         "output_correction": ((num_rows,), (torch.float32,)),
     }
-    together = {"column_index", "column_weight"}
-    return {n: entry for n, entry in optional.items() if n in found or (n in together and together & found.keys())}
+    expected = {name for pair in _TOGETHER if found.keys() & pair for name in pair} | found.keys()
+    return {name: entry for name, entry in optional.items() if name in expected}
 
 
 def _encode_extras(site: QuantizedSite) -> dict[str, Tensor]:
@@ -247,6 +258,8 @@ def _encode_extras(site: QuantizedSite) -> dict[str, Tensor]:
         extras["transform_hadamard"] = torch.tensor([site.transform.hadamard])
     if site.columns is not None:
         extras |= {"column_index": site.columns.index, "column_weight": site.columns.weight}
+    if site.low_rank is not None:
+        extras |= {"low_rank_a": site.low_rank.a, "low_rank_b": site.low_rank.b}
     if site.correction is not None:
         extras["output_correction"] = site.correction.float()
     return extras
