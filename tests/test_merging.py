@@ -21,6 +21,7 @@ from bitwright.merging import RECORD, MergeResult, MergeTask, merge
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.pipeline import quantize
 from bitwright.recipe import Calibration, Recipe
+from bitwright.progress import no_progress
 from bitwright.records import read_jsonl
 from bitwright.runs import RUN_FILE, RunDirectory
 from bitwright.schemes import Scheme
@@ -115,7 +116,8 @@ def test_a_dense_merge_loses_one_rounding(lora_run: Path, bf16_dir: Path, tmp_pa
         wanted = (adapter.base_weight() + adapter.delta()).detach()
         assert torch.equal(found[f"{name}.weight"], wanted.bfloat16())
     # What rounding moves, against what the adapter moves: a share of the unit squared, as divergence is quadratic.
-    _, heldout, _ = TrainingText(data=text_of(lora_run), seqlen=SEQLEN).draw(bf16_dir, trust_remote_code=False)
+    text = TrainingText(data=text_of(lora_run), seqlen=SEQLEN).draw(bf16_dir, trust_remote_code=False)
+    _, heldout = text.read(lora_run, "cpu", no_progress)
     plain = AutoModelForCausalLM.from_pretrained(bf16_dir, dtype=torch.float32)
     assert 0 < result.record["kl_mean"] < 0.1 * score_in_memory(plain, heldout, reference=model).kl_mean  # pyright: ignore[reportOptionalOperand]
     assert result.record["perplexity_before"] == pytest.approx(score_in_memory(model, heldout).perplexity, rel=1e-6)

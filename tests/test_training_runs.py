@@ -15,6 +15,7 @@ from bitwright.errors import CheckpointError, DataError, RecipeError, RunError
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.pipeline import quantize
 from bitwright.qat_run import QatTask, train_quantized
+from bitwright.progress import no_progress
 from bitwright.recipe import Calibration, Recipe
 from bitwright.records import read_jsonl
 from bitwright.schemes import Scheme
@@ -138,10 +139,30 @@ def test_a_distilled_model_is_a_model_directory(
 def test_what_is_held_out_is_neither_trained_nor_calibrated_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "numbers.txt").write_text(" ".join(str(number * 7919) for number in range(2000)))
     text = TrainingText(data=str(tmp_path / "numbers.txt"), seqlen=32)
-    windows, heldout, calibration = text.draw(tiny_llama_dir, trust_remote_code=False)
+    drawn = text.draw(tiny_llama_dir, trust_remote_code=False)
+    windows, heldout = drawn.read(tmp_path, "cpu", no_progress)
     rows = {tuple(row.tolist()) for row in windows}
     assert not rows & {tuple(row.tolist()) for row in heldout}
-    assert calibration.num_samples <= len(windows)
+    assert drawn.calibration.num_samples <= len(windows)
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_model_is_trained_on_what_it_writes(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, by_another: bool
+) -> None:
+    own = TrainingText(data="self", heldout=text.data if by_another else None, seqlen=SEQLEN, windows=8)
+    task = DistillTask(teacher=str(tiny_llama_dir), text=own, training=options(), top_k=8)
+    killed(lambda progress: distill_model(tiny_llama_dir, task, tmp_path / "run", progress=progress), 3)
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "0-text").iterdir()}
+    found = distill_model(tiny_llama_dir, task, tmp_path / "run")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "0-text").iterdir()} == written
+    assert len(found.losses) == 4
+    assert next(r for r in read_jsonl(found.run / "5-records.jsonl") if r["kind"] == "training")["data"] == "self"
+    windows, heldout = own.draw(tiny_llama_dir, trust_remote_code=False).read(found.run, "cpu", no_progress)
+    assert len(windows) == 8
+    assert found.results["heldout_tokens"] == heldout[:, 1:].numel()
+    same = {tuple(row.tolist()) for row in windows} & {tuple(row.tolist()) for row in heldout}
+    assert not same
 
 
 def test_another_configuration_does_not_go_on_with_a_run(

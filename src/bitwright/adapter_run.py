@@ -1,6 +1,7 @@
 """Fine-tuning with adapters as a run: LoRA over the model itself, QLoRA over a quantized copy of it.
 
 The run directory has, beside run.json and 5-records.jsonl:
+    0-text/      what the model has written, where it trains on that
     0-base/      QLoRA: the quantized base, a run directory of its own
     4-adapter/   the adapter in PEFT's format
     4-sites/     instead of it where adapters fold into zero points (`by_group`): packed layers as given sites, folded,
@@ -13,9 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
 from bitwright.model.sites import modules_of
 from bitwright.model.stream import StreamedModel
@@ -47,10 +47,11 @@ from bitwright.training_run import (
     begin,
     carry_out,
     load_in_memory,
+    read_text,
     task_identity,
     write_training_records,
 )
-from bitwright.training_text import TrainingText
+from bitwright.training_text import DrawnText, TrainingText
 
 ADAPTER, SITES = "4-adapter", "4-sites"
 GROUP_ADAPTERS = "adapters.safetensors"
@@ -112,13 +113,13 @@ def train_adapter(
     streamed = open_model(model_directory(model), device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     checkpoint = streamed.skeleton.checkpoint
     select(streamed.skeleton.model, task.lora.targets)
-    windows, heldout, _ = task.text.draw(checkpoint.path, trust_remote_code=trust_remote_code)
-    model_hash = checkpoint.audit()
-    data_hash = hash_tokens(torch.cat([windows, heldout]))
-    asked = {"model": str(model), "model_hash": model_hash, "data_hash": data_hash, "task": task_identity(task)}
+    text = task.text.draw(checkpoint.path, trust_remote_code=trust_remote_code)
+    asked = {
+        "model": str(model), "model_hash": checkpoint.audit(), "data_hash": text.identity, "task": task_identity(task),
+    }  # fmt: skip
 
     def work() -> None:
-        _train(streamed, task, run, windows, heldout, processes, trust_remote_code, progress)
+        _train(streamed, task, run, text, processes, trust_remote_code, progress)
 
     results = carry_out(run, asked, work, processes, fresh=fresh)
     return TrainingResult(run=run.path, results=results)
@@ -155,10 +156,11 @@ def _predicted(streamed: StreamedModel, task: AdapterTask) -> MemoryLedger:
 
 
 def _train(
-    streamed: StreamedModel, task: AdapterTask, run: RunDirectory, windows: Tensor, heldout: Tensor,
-    processes: Processes, trust_remote_code: bool, progress: Progress,
+    streamed: StreamedModel, task: AdapterTask, run: RunDirectory, text: DrawnText, processes: Processes,
+    trust_remote_code: bool, progress: Progress,
 ) -> None:  # fmt: skip
     begun, memory = time.perf_counter(), PeakMemory()
+    windows, heldout = read_text(text, run, processes, progress)
     model, task = streamed.skeleton.checkpoint.path, replace(task, device=processes.device)
     if processes.is_main and task.scheme is not None:
         quantize(
@@ -187,6 +189,7 @@ def _train(
     results = {
         "kind": "qlora" if task.scheme else "lora",
         "scheme": None if task.scheme is None else str(task.scheme),
+        "data": task.text.data,
         "rank": task.lora.rank,
         "perplexity_before": before.perplexity,
         "perplexity": after.perplexity,

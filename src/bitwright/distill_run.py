@@ -1,6 +1,8 @@
 """Distillation as a run: a model trained towards the distributions of a teacher with the same vocabulary.
 
-The run directory has, beside run.json and 5-records.jsonl, 4-model/: a model directory like the student's.
+The run directory has, beside run.json and 5-records.jsonl:
+    0-text/      what the teacher has written, where the student trains on that
+    4-model/     a model directory like the student's
 """
 
 import math
@@ -12,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bitwright.data.windows import hash_tokens
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
@@ -31,10 +32,11 @@ from bitwright.training_run import (
     begin,
     carry_out,
     load_in_memory,
+    read_text,
     task_identity,
     write_training_records,
 )
-from bitwright.training_text import TrainingText
+from bitwright.training_text import DrawnText, TrainingText
 
 TARGETS = "targets"
 
@@ -92,25 +94,25 @@ def distill_model(
     run, processes = begin(out, task)
     student, teacher = open_checkpoint(model), open_checkpoint(task.teacher)
     _require_alike(model, task, student, trust_remote_code)
-    windows, heldout, _ = task.text.draw(model, trust_remote_code=trust_remote_code)
-    data_hash = hash_tokens(torch.cat([windows, heldout]))
+    text = task.text.draw(model, writer=task.teacher, trust_remote_code=trust_remote_code)
     asked = {
-        "model": str(model), "model_hash": student.audit(), "teacher_hash": teacher.audit(), "data_hash": data_hash,
-        "task": task_identity(task),
+        "model": str(model), "model_hash": student.audit(), "teacher_hash": teacher.audit(),
+        "data_hash": text.identity, "task": task_identity(task),
     }  # fmt: skip
 
     def work() -> None:
-        _train(student, teacher, task, run, windows, heldout, processes, trust_remote_code, progress)
+        _train(student, teacher, task, run, text, processes, trust_remote_code, progress)
 
     results = carry_out(run, asked, work, processes, fresh=fresh)
     return TrainingResult(run=run.path, results=results)
 
 
 def _train(
-    source: Checkpoint, teacher_source: Checkpoint, task: DistillTask, run: RunDirectory, windows: Tensor,
-    heldout: Tensor, processes: Processes, trust_remote_code: bool, progress: Progress,
+    source: Checkpoint, teacher_source: Checkpoint, task: DistillTask, run: RunDirectory, text: DrawnText,
+    processes: Processes, trust_remote_code: bool, progress: Progress,
 ) -> None:  # fmt: skip
     begun, memory = time.perf_counter(), PeakMemory()
+    windows, heldout = read_text(text, run, processes, progress)
     student, teacher = (
         load_in_memory(each.path, processes.device, torch.float32, trust_remote_code=trust_remote_code)
         for each in (source, teacher_source)
@@ -130,6 +132,7 @@ def _train(
     write_dense_copy(streamed.skeleton, {n: p.detach().cpu() for n, p in student.named_parameters()}, run.model)
     results = {
         "kind": "distill",
+        "data": task.text.data,
         "perplexity_teacher": score_in_memory(teacher, heldout).perplexity,
         "perplexity_before": before.perplexity,
         "perplexity": after.perplexity,

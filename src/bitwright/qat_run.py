@@ -1,6 +1,7 @@
 """Quantization-aware training as a run: from post-training quantization to trained codes, with one gate and one report.
 
 The run directory has, beside run.json and 5-records.jsonl:
+    0-text/       what the model has written, where it trains on that
     0-base/       what post-training quantization makes of the same recipe, a run of its own: where training starts
     4-quantized/  the trained codes, a run of its own, which evaluates, exports and reports like any other
 """
@@ -15,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
 from bitwright.evaluation.score import Score
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
@@ -45,10 +45,11 @@ from bitwright.training_run import (
     begin,
     carry_out,
     load_in_memory,
+    read_text,
     task_identity,
     write_training_records,
 )
-from bitwright.training_text import TrainingText
+from bitwright.training_text import DrawnText, TrainingText
 
 SITES, DENSE = "sites", "dense"
 Loss = Literal["kl", "cross_entropy"]
@@ -133,18 +134,17 @@ def train_quantized(
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
     run, processes = begin(out, task)
-    windows, heldout, calibration = task.text.draw(model, trust_remote_code=trust_remote_code)
-    recipe = replace(task.recipe, calibration=calibration)
+    text = task.text.draw(model, trust_remote_code=trust_remote_code)
+    recipe = replace(task.recipe, calibration=text.calibration)
     streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     decided = decide(streamed, recipe)
-    data_hash = hash_tokens(torch.cat([windows, heldout]))
     asked = {
-        "model": str(model), "model_hash": streamed.skeleton.checkpoint.audit(), "data_hash": data_hash,
+        "model": str(model), "model_hash": streamed.skeleton.checkpoint.audit(), "data_hash": text.identity,
         "recipe": recipe.to_mapping(), "task": task_identity(replace(task, recipe=Recipe())),
     }  # fmt: skip
 
     def work() -> None:
-        _Work(model, task, recipe, decided, run, processes, trust_remote_code, progress).carry_out(windows, heldout)
+        _Work(model, task, recipe, decided, run, processes, trust_remote_code, progress).carry_out(text)
 
     results = carry_out(run, asked, work, processes, fresh=fresh)
     info = run.info
@@ -168,9 +168,10 @@ class _Work:
             if scheme is not None:
                 self.schemes[site.name] = scheme
 
-    def carry_out(self, windows: Tensor, heldout: Tensor) -> None:
+    def carry_out(self, text: DrawnText) -> None:
         """Post-training quantization, training, and the run of the trained codes."""
         begun, memory = time.perf_counter(), PeakMemory()
+        windows, heldout = read_text(text, self.run, self.processes, self.progress)
         if self.processes.is_main:
             self._quantize(self.recipe, self.run.path / BASE, None)
         self.processes.wait()
@@ -195,6 +196,7 @@ class _Work:
         results = {
             "kind": "qat",
             "scheme": str(self.recipe.scheme),
+            "data": self.task.text.data,
             "loss": self.task.loss,
             "temperature": self.task.temperature,
             "labels": self.task.labels,

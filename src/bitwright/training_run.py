@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from bitwright.progress import Progress, no_progress
 from bitwright.records import Environment, append_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.strict_yaml import to_plain
@@ -20,6 +21,7 @@ from bitwright.train.engine import require_packages
 from bitwright.train.options import TrainingOptions
 from bitwright.train.packed_base import adopt_layers, is_from_bitsandbytes
 from bitwright.train.processes import Processes
+from bitwright.training_text import DrawnText
 
 TRAINING, LOSSES, BASE = "training", "losses.jsonl", "0-base"
 UNGATED = 1e9
@@ -113,6 +115,16 @@ def carry_out(
     info = run.info
     assert info is not None
     return cast(dict[str, Any], info["results"])
+
+
+def read_text(
+    text: DrawnText, run: RunDirectory, processes: Processes, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Return windows to train on [N, T] and to judge by [K, T]; the main process has them written, if need be."""
+    if processes.is_main:
+        text.read(run.path, processes.device, progress)
+    processes.wait()
+    return text.read(run.path, processes.device, no_progress)
 
 
 def load_in_memory(model: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 train = typer.Typer(no_args_is_help=True, help="Fine-tune a model, or train its quantized weights.")
 
 Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
-Data = Annotated[str, typer.Option(help="Text to train on: file, JSONL, hub:NAME[:CONFIG[:SPLIT]] or stdlib.")]
+Data = Annotated[str, typer.Option(help="Text to train on: file, JSONL, hub:NAME[:CONFIG[:SPLIT]], stdlib, or self (the model writes it).")]
 Out = Annotated[Path, typer.Option(help="Run directory; the same command goes on with an interrupted run.")]
 Heldout = Annotated[str | None, typer.Option(help="Text to judge by; windows of --data unless given.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
