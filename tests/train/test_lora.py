@@ -1,6 +1,7 @@
 """LoRA around dense and packed layers, the ledger of what is trained, and starts at the error of quantization."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +30,12 @@ from bitwright.train.lora import (
     ParameterCount,
     adapters_of,
     add_adapters,
-    block_layers,
     merged,
     remove_adapters,
     trainable_ledger,
 )
 from bitwright.train.low_rank_start import low_rank_start, start_at_error, weighted_error
+from bitwright.train.target_layers import block_layers, stacked_experts
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(12).reshape(1, 12)
@@ -66,7 +67,7 @@ def packed(name: str = "W4A16-g16", dtype: torch.dtype = torch.float32) -> Llama
     return model
 
 
-def logits(model: LlamaForCausalLM) -> Tensor:
+def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(IDS).logits
 
@@ -262,12 +263,65 @@ def test_experts_in_one_parameter_and_routers_get_no_adapter() -> None:
     assert [name.rpartition(".")[2] for name in adapters] == list(PROJECTIONS[:4])
 
 
-def test_blocks_without_linear_layers_are_refused() -> None:
-    config = GPT2Config(
-        n_layer=1, n_embd=32, n_head=2, vocab_size=40, n_positions=32, bos_token_id=0, eos_token_id=1
+def test_patterns_that_mean_experts_in_one_parameter_are_refused() -> None:
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=32,
     )  # fmt: skip
-    with pytest.raises(RecipeError, match="GPT2LMHeadModel hold their weights in other modules"):
-        add_adapters(GPT2LMHeadModel(config), LoraConfig())
+    model = MixtralForCausalLM(config)
+    assert len(stacked_experts(model)) == 2 * 4
+    for pattern in ("*.experts.*", "*.down_proj", "*.down_proj[[]2[]]"):
+        with pytest.raises(RecipeError, match=r"down_proj\[\d\], a slice|gate_up_proj\[0\], a slice"):
+            add_adapters(model, LoraConfig(targets=("*.q_proj", pattern)))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(1)
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=32, bos_token_id=0, eos_token_id=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_layers_that_store_inputs_first_are_adapted_and_merged() -> None:
+    model = gpt2()
+    adapters = add_adapters(model, LoraConfig(rank=4, dropout=0.0))
+    names = [name.removeprefix("transformer.h.0.") for name in adapters]
+    assert names[:4] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    fused = adapters["transformer.h.0.attn.c_attn"]
+    assert (fused.out_features, fused.in_features) == (96, 32)
+    assert fused.base_weight().shape == fused.delta().shape == (96, 32)
+    perturb(model)
+    before, original = logits(model), bits(model)
+    ledger = trainable_ledger(model)
+    assert ledger.kinds["adapter"].num_trainable == 4 * 2 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)
+    for adapter in adapters.values():
+        adapter.merge()
+    # A merged weight and the two products round differently, by a few float32 steps of logits of about 1.
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    for adapter in adapters.values():
+        adapter.unmerge()
+    assert bits(model) == original
+
+
+class Stacked(nn.Module):
+    """A block whose only weights are experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(4, 8, 8))
+
+
+class StackedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Stacked(), Stacked()])
+
+
+def test_blocks_without_linear_layers_are_refused() -> None:
+    with pytest.raises(RecipeError, match="StackedModel hold their weights in other modules"):
+        add_adapters(StackedModel(), LoraConfig())
 
 
 @pytest.mark.parametrize(
