@@ -34,11 +34,12 @@ from bitwright.train.engine import fit
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.group_adapter import add_group_adapters, fold_adapters, require_foldable
 from bitwright.train.heldout import score_in_memory
-from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, add_adapters, select, trainable_ledger
+from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, add_adapters, trainable_ledger
 from bitwright.train.low_rank_start import start_at_error
 from bitwright.train.memory_ledger import Batch, MemoryLedger, predict_memory
-from bitwright.train.options import TrainingOptions
+from bitwright.train.options import FOR_ADAPTERS, TrainingOptions
 from bitwright.train.processes import Processes
+from bitwright.train.target_layers import select, stacked_experts
 from bitwright.training_run import (
     BASE,
     TRAINING,
@@ -72,10 +73,11 @@ class AdapterTask:
         dtype: in which the model computes.
         device: where.
         gradient_bits: of gradients between processes; None for dense ones.
+        shard: several processes share one model (FSDP2); each has a copy of it otherwise.
     """
 
     text: TrainingText
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: TrainingOptions = FOR_ADAPTERS
     lora: LoraConfig = field(default_factory=LoraConfig)
     scheme: Scheme | None = None
     start_at_error: bool = False
@@ -83,6 +85,7 @@ class AdapterTask:
     dtype: str = "float32"
     device: str = "cpu"
     gradient_bits: int | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.scheme is None and (self.start_at_error or self.by_group):
@@ -91,6 +94,8 @@ class AdapterTask:
             raise RecipeError("a group adapter cannot hold the error of a base. Leave one of the two options out.")
         if self.by_group and self.scheme is not None:
             require_foldable(self.scheme)
+        if self.shard and self.scheme is not None:
+            raise RecipeError("--shard: packed weights cannot be shared out. Leave --shard or --scheme out.")
         if self.dtype not in DTYPES:
             raise RecipeError(f"--dtype {self.dtype}: unknown. Use {', '.join(DTYPES)}.")
 
@@ -109,7 +114,7 @@ def train_adapter(
     Raises:
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
-    run, processes = begin(out, task)
+    run, processes = begin(out, task, shard=task.shard)
     streamed = open_model(model_directory(model), device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     checkpoint = streamed.skeleton.checkpoint
     select(streamed.skeleton.model, task.lora.targets)
@@ -151,8 +156,9 @@ def _predicted(streamed: StreamedModel, task: AdapterTask) -> MemoryLedger:
     kept = tuple(replace(tensor, dtype=dtype) for tensor in shape.kept)
     batch = Batch(num_sequences=task.training.batch, seqlen=task.text.seqlen, checkpointing=task.training.checkpointing)
     return predict_memory(
-        replace(shape, kept=kept, site_dtypes=dense), schemes, task.lora, batch, by_group=task.by_group
-    )
+        replace(shape, kept=kept, site_dtypes=dense), schemes, task.lora, batch, by_group=task.by_group,
+        optimizer=task.training.optimizer,
+    )  # fmt: skip
 
 
 def _train(
@@ -177,7 +183,7 @@ def _train(
     if task.start_at_error:
         _start_at_error(adapters, model, trust_remote_code)
     folder = run.work / TRAINING
-    curve = fit(loaded, windows, task.training, folder, wrapped=processes.wrapped, progress=progress)
+    curve = fit(loaded, windows, task.training, folder, processes=processes, progress=progress)
     if not processes.is_main:
         return
     after = score_in_memory(loaded, heldout)
@@ -197,6 +203,7 @@ def _train(
         "heldout_tokens": after.num_tokens,
         "trainable": ledger.total.num_trainable,
         "parameters": ledger.total.num_total,
+        "experts_without_adapter": len(stacked_experts(loaded)),
         "memory": curve.memory,
         "predicted_memory": asdict(_predicted(streamed, task)),
         "gradient_share": processes.gradient_share,

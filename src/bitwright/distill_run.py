@@ -8,7 +8,7 @@ The run directory has, beside run.json and 5-records.jsonl:
 import math
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,8 @@ from bitwright.runs import RunDirectory
 from bitwright.train.distillation import distillation_loss, teacher_targets, towards
 from bitwright.train.engine import fit
 from bitwright.train.heldout import score_in_memory
-from bitwright.train.options import Objective, TrainingOptions
+from bitwright.train.objective import Objective
+from bitwright.train.options import FOR_DISTILLATION, TrainingOptions
 from bitwright.train.processes import Processes
 from bitwright.training_run import (
     TRAINING,
@@ -54,16 +55,18 @@ class DistillTask:
         features: weight of the distance between hidden states of the same depth; 0 for none.
         device: where to train.
         gradient_bits: of gradients between processes; None for dense ones.
+        shard: several processes share one model (FSDP2); each has a copy of it otherwise.
     """
 
     teacher: str
     text: TrainingText
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: TrainingOptions = FOR_DISTILLATION
     temperature: float = 1.0
     top_k: int | None = None
     features: float = 0.0
     device: str = "cpu"
     gradient_bits: int | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -91,7 +94,7 @@ def distill_model(
         CheckpointError: student and teacher have different vocabularies, or the student is quantized.
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
-    run, processes = begin(out, task)
+    run, processes = begin(out, task, shard=task.shard)
     student, teacher = open_checkpoint(model), open_checkpoint(task.teacher)
     _require_alike(model, task, student, trust_remote_code)
     text = task.text.draw(model, writer=task.teacher, trust_remote_code=trust_remote_code)
@@ -122,7 +125,7 @@ def _train(
     objective = _objective(teacher, windows, task, run.work / TARGETS, processes, progress)
     curve = fit(
         student, windows, task.training, run.work / TRAINING, objective=objective,
-        wrapped=processes.wrapped, progress=progress,
+        processes=processes, progress=progress,
     )  # fmt: skip
     if not processes.is_main:
         return

@@ -329,8 +329,8 @@ def _find(adapter: Path, task: MergeTask) -> _Source:
     original, base, scheme = _behind(task.base)
     text = TrainingText(data=task.text) if task.seqlen is None else TrainingText(data=task.text, seqlen=task.seqlen)
     return _Source(
-        given=adapter, folder=adapter, base=base, original=original, scheme=scheme, group=None, dtype="float32", text=text,
-        data_hash=None,
+        given=adapter, folder=adapter, base=base, original=original, scheme=scheme, group=None, dtype="float32",
+        text=text, data_hash=None,
     )  # fmt: skip
 
 
@@ -357,8 +357,8 @@ def _from_run(path: Path, task: MergeTask) -> _Source:
         base, scheme = RunDirectory(path / BASE).model, Scheme.parse(trained["scheme"])
     lora: dict[str, Any] = {**trained["lora"], "targets": tuple(trained["lora"]["targets"])}
     return _Source(
-        given=path, folder=path / (SITES if trained["by_group"] else ADAPTER), base=base, original=original, scheme=scheme,
-        group=LoraConfig(**lora) if trained["by_group"] else None, dtype=trained["dtype"],
+        given=path, folder=path / (SITES if trained["by_group"] else ADAPTER), base=base, original=original,
+        scheme=scheme, group=LoraConfig(**lora) if trained["by_group"] else None, dtype=trained["dtype"],
         text=text if task.text is None else replace(text, heldout=task.text),
         data_hash=asked["data_hash"] if task.text is None else None,
     )  # fmt: skip

@@ -35,7 +35,8 @@ from bitwright.train.fake_inputs import add_fake_cache
 from bitwright.train.fake_weights import mean_step, nearest_with_codes
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.heldout import score_in_memory
-from bitwright.train.options import Objective, TrainingOptions
+from bitwright.train.objective import Objective
+from bitwright.train.options import FOR_QAT, TrainingOptions
 from bitwright.train.processes import Processes
 from bitwright.train.qat import QatLinear, QatOptions, convert, freeze_grids, grid_parameters, prepare
 from bitwright.training_run import (
@@ -81,7 +82,7 @@ class QatTask:
 
     recipe: Recipe
     text: TrainingText
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: TrainingOptions = FOR_QAT
     qat: QatOptions = field(default_factory=QatOptions)
     start: Literal["method", "original"] = "method"
     loss: Loss = "kl"
@@ -296,7 +297,7 @@ class _Work:
         return fit(
             student, windows, self.task.training, self.run.work / TRAINING, objective=self._objective(teacher),
             rate=self.rates.__getitem__, buffers=buffers, after_step=after_step,
-            wrapped=self.processes.wrapped, progress=self.progress,
+            processes=self.processes, progress=self.progress,
         )  # fmt: skip
 
     def _objective(self, teacher: nn.Module) -> Objective:

@@ -1,6 +1,6 @@
-"""Windows to train on and windows to judge by: cut from one text without overlap, or from two, or written by the model.
+"""Windows to train on and windows to judge by: from one text without overlap, from two, or written by the model.
 
-What a model writes (`--data self`) is kept in the run, so that it is written once, and only after the run has its place.
+What a model writes (`--data self`) is kept in the run: it is written once, and only after the run has its place.
 """
 
 from collections.abc import Callable
