@@ -46,6 +46,7 @@ def full(args: argparse.Namespace) -> Row:
     import torch
 
     from bitwright.process_memory import PeakMemory
+    from bitwright.progress import no_progress
     from bitwright.records import write_json_atomic
     from bitwright.train.engine import fit
     from bitwright.train.heldout import score_in_memory
@@ -56,7 +57,7 @@ def full(args: argparse.Namespace) -> Row:
     if finished.is_file():
         return json.loads(finished.read_text(encoding="utf-8"))
     begun, memory = time.perf_counter(), PeakMemory()
-    windows, heldout, _ = text_of(args).draw(args.model, trust_remote_code=False)
+    windows, heldout = text_of(args).draw(args.model, trust_remote_code=False).read(args.work, "cpu", no_progress)
     model = load_in_memory(args.model, "cpu", torch.float32, trust_remote_code=False)
     before = score_in_memory(model, heldout)
     fit(model, windows, options_of(args, FULL_RATE_SHARE * args.learning_rate), args.work / "full")

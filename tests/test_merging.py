@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from bitwright.adapter_run import ADAPTER, BASE, SITES, AdapterTask, train_adapter
 from bitwright.cli.app import main
@@ -20,6 +27,8 @@ from bitwright.errors import CheckpointError, DataError, RecipeError, RunError
 from bitwright.merging import RECORD, MergeResult, MergeTask, merge
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.pipeline import quantize
+from bitwright.preparation import open_model
+from bitwright.progress import no_progress
 from bitwright.recipe import Calibration, Recipe
 from bitwright.records import read_jsonl
 from bitwright.runs import RUN_FILE, RunDirectory
@@ -27,7 +36,8 @@ from bitwright.schemes import Scheme
 from bitwright.train.adapter_files import load_adapters, save_adapters
 from bitwright.train.given_sites import GivenSites
 from bitwright.train.heldout import score_in_memory
-from bitwright.train.lora import LoraConfig, LoraLinear, attach
+from bitwright.train.lora import LoraConfig, LoraLinear, add_adapters, attach
+from bitwright.train.merged_weights import onto_base, onto_original
 from bitwright.train.options import TrainingOptions
 from bitwright.training_text import TrainingText
 
@@ -115,12 +125,29 @@ def test_a_dense_merge_loses_one_rounding(lora_run: Path, bf16_dir: Path, tmp_pa
         wanted = (adapter.base_weight() + adapter.delta()).detach()
         assert torch.equal(found[f"{name}.weight"], wanted.bfloat16())
     # What rounding moves, against what the adapter moves: a share of the unit squared, as divergence is quadratic.
-    _, heldout, _ = TrainingText(data=text_of(lora_run), seqlen=SEQLEN).draw(bf16_dir, trust_remote_code=False)
+    text = TrainingText(data=text_of(lora_run), seqlen=SEQLEN).draw(bf16_dir, trust_remote_code=False)
+    _, heldout = text.read(lora_run, "cpu", no_progress)
     plain = AutoModelForCausalLM.from_pretrained(bf16_dir, dtype=torch.float32)
     assert 0 < result.record["kl_mean"] < 0.1 * score_in_memory(plain, heldout, reference=model).kl_mean  # pyright: ignore[reportOptionalOperand]
     assert result.record["perplexity_before"] == pytest.approx(score_in_memory(model, heldout).perplexity, rel=1e-6)
     assert json.loads((tmp_path / "out" / RECORD).read_text()) == result.record
     assert result.failure is None
+
+
+def test_weights_stored_inputs_first_take_adapters_in(tmp_path: Path) -> None:
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=32, bos_token_id=0, eos_token_id=1
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    adapters = add_adapters(model, LoraConfig(rank=4))
+    original = open_model(tmp_path, device="cpu", dtype="float32", trust_remote_code=False)
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.lora_b)
+    for found in (onto_base(model, original), onto_original(model, original)):
+        for name, adapter in adapters.items():
+            added = (adapter.scaling * (adapter.lora_b @ adapter.lora_a)).T
+            assert torch.equal(found[f"{name}.weight"], adapter.weight + added), name
 
 
 def text_of(run: Path) -> str:

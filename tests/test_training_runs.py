@@ -1,6 +1,8 @@
 """Trainings as runs: what they leave is what was trained, a killed one goes on, and bad input is refused."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ from safetensors.torch import load_file
 
 from bitwright import adapter_run, qat_run
 from bitwright.adapter_run import AdapterTask, train_adapter
+from bitwright.cli import train_command
 from bitwright.distill_run import DistillTask, distill_model
 from bitwright.errors import CheckpointError, DataError, RecipeError, RunError
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.pipeline import quantize
+from bitwright.progress import no_progress
 from bitwright.qat_run import QatTask, train_quantized
 from bitwright.recipe import Calibration, Recipe
 from bitwright.records import read_jsonl
+from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
 from bitwright.train.lora import LoraConfig
 from bitwright.train.options import TrainingOptions
@@ -138,10 +143,41 @@ def test_a_distilled_model_is_a_model_directory(
 def test_what_is_held_out_is_neither_trained_nor_calibrated_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "numbers.txt").write_text(" ".join(str(number * 7919) for number in range(2000)))
     text = TrainingText(data=str(tmp_path / "numbers.txt"), seqlen=32)
-    windows, heldout, calibration = text.draw(tiny_llama_dir, trust_remote_code=False)
+    drawn = text.draw(tiny_llama_dir, trust_remote_code=False)
+    windows, heldout = drawn.read(tmp_path, "cpu", no_progress)
     rows = {tuple(row.tolist()) for row in windows}
     assert not rows & {tuple(row.tolist()) for row in heldout}
-    assert calibration.num_samples <= len(windows)
+    assert drawn.calibration.num_samples <= len(windows)
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_model_is_trained_on_what_it_writes(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, by_another: bool
+) -> None:
+    own = TrainingText(data="self", heldout=text.data if by_another else None, seqlen=SEQLEN, windows=8)
+    task = DistillTask(teacher=str(tiny_llama_dir), text=own, training=options(), top_k=8)
+    killed(lambda progress: distill_model(tiny_llama_dir, task, tmp_path / "run", progress=progress), 3)
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "0-text").iterdir()}
+    found = distill_model(tiny_llama_dir, task, tmp_path / "run")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "0-text").iterdir()} == written
+    assert len(found.losses) == 4
+    assert next(r for r in read_jsonl(found.run / "5-records.jsonl") if r["kind"] == "training")["data"] == "self"
+    windows, heldout = own.draw(tiny_llama_dir, trust_remote_code=False).read(found.run, "cpu", no_progress)
+    assert len(windows) == 8
+    assert found.results["heldout_tokens"] == heldout[:, 1:].numel()
+    same = {tuple(row.tolist()) for row in windows} & {tuple(row.tolist()) for row in heldout}
+    assert not same
+
+
+@pytest.mark.slow
+def test_codes_are_trained_on_what_the_model_writes(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:
+    own = TrainingText(data="self", heldout=text.data, seqlen=SEQLEN, windows=8)
+    recipe = Recipe(scheme=Scheme.parse("W3A16-g16"), method="gptq", max_kl=100.0)
+    found = train_quantized(tiny_llama_dir, QatTask(recipe=recipe, text=own, training=options()), tmp_path / "run")
+    asked = RunDirectory(found.quantized).info
+    assert asked is not None
+    assert asked["asked"]["recipe"]["calibration"]["text"] == "self", "methods calibrate on the model's own text too"
+    assert found.results["data"] == "self"
 
 
 def test_another_configuration_does_not_go_on_with_a_run(
@@ -153,12 +189,31 @@ def test_another_configuration_does_not_go_on_with_a_run(
         train_adapter(tiny_llama_dir, other, tmp_path / "run")
 
 
-def test_memory_is_predicted_and_measured(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:
-    for scheme in (None, Scheme.parse("nf4-b16-dq")):
-        results = train_adapter(tiny_llama_dir, lora(text, scheme=scheme), tmp_path / str(scheme)).results
-        predicted, measured = results["predicted_memory"], results["memory"]
-        for part in ("weights", "scales", "adapters", "gradients", "optimizer"):
-            assert predicted[part] == measured[part], part
+@pytest.mark.parametrize(("scheme", "optimizer"), [(None, "adamw"), ("nf4-b16-dq", "adamw"), (None, "adamw8bit")])
+def test_memory_is_predicted_and_measured(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, scheme: str | None, optimizer: str
+) -> None:
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    # At rank 40 some matrices are above the size from which states are kept in 8 bit, and some below.
+    task = AdapterTask(
+        text=text, training=options(steps=2, optimizer=optimizer), lora=LoraConfig(rank=40),
+        scheme=None if scheme is None else Scheme.parse(scheme),
+    )  # fmt: skip
+    results = train_adapter(tiny_llama_dir, task, tmp_path / "run").results
+    predicted, measured = results["predicted_memory"], results["memory"]
+    if optimizer == "adamw8bit":
+        assert measured["optimizer"] < measured["gradients"] * 2
+    for part in ("weights", "scales", "adapters", "gradients", "optimizer"):
+        assert predicted[part] == measured[part], part
+
+
+def test_a_command_trains_as_long_and_as_fast_as_its_task() -> None:
+    for name, task in {"lora": AdapterTask, "qlora": AdapterTask, "qat": QatTask, "distill": DistillTask}.items():
+        given = inspect.signature(getattr(train_command, name)).parameters
+        default = next(each.default for each in fields(task) if each.name == "training")
+        for option in (each.name for each in fields(TrainingOptions) if each.name in given):
+            assert given[option].default == getattr(default, option), (name, option)
 
 
 def test_impossible_requests_are_refused(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:

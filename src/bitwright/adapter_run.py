@@ -1,6 +1,7 @@
 """Fine-tuning with adapters as a run: LoRA over the model itself, QLoRA over a quantized copy of it.
 
 The run directory has, beside run.json and 5-records.jsonl:
+    0-text/      what the model has written, where it trains on that
     0-base/      QLoRA: the quantized base, a run directory of its own
     4-adapter/   the adapter in PEFT's format
     4-sites/     instead of it where adapters fold into zero points (`by_group`): packed layers as given sites, folded,
@@ -13,9 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
 from bitwright.model.sites import modules_of
 from bitwright.model.stream import StreamedModel
@@ -34,11 +34,12 @@ from bitwright.train.engine import fit
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.group_adapter import add_group_adapters, fold_adapters, require_foldable
 from bitwright.train.heldout import score_in_memory
-from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, add_adapters, select, trainable_ledger
+from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, add_adapters, trainable_ledger
 from bitwright.train.low_rank_start import start_at_error
 from bitwright.train.memory_ledger import Batch, MemoryLedger, predict_memory
-from bitwright.train.options import TrainingOptions
+from bitwright.train.options import FOR_ADAPTERS, TrainingOptions
 from bitwright.train.processes import Processes
+from bitwright.train.target_layers import select, stacked_experts
 from bitwright.training_run import (
     BASE,
     TRAINING,
@@ -47,10 +48,11 @@ from bitwright.training_run import (
     begin,
     carry_out,
     load_in_memory,
+    read_text,
     task_identity,
     write_training_records,
 )
-from bitwright.training_text import TrainingText
+from bitwright.training_text import DrawnText, TrainingText
 
 ADAPTER, SITES = "4-adapter", "4-sites"
 GROUP_ADAPTERS = "adapters.safetensors"
@@ -71,10 +73,11 @@ class AdapterTask:
         dtype: in which the model computes.
         device: where.
         gradient_bits: of gradients between processes; None for dense ones.
+        shard: several processes share one model (FSDP2); each has a copy of it otherwise.
     """
 
     text: TrainingText
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: TrainingOptions = FOR_ADAPTERS
     lora: LoraConfig = field(default_factory=LoraConfig)
     scheme: Scheme | None = None
     start_at_error: bool = False
@@ -82,6 +85,7 @@ class AdapterTask:
     dtype: str = "float32"
     device: str = "cpu"
     gradient_bits: int | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.scheme is None and (self.start_at_error or self.by_group):
@@ -90,6 +94,8 @@ class AdapterTask:
             raise RecipeError("a group adapter cannot hold the error of a base. Leave one of the two options out.")
         if self.by_group and self.scheme is not None:
             require_foldable(self.scheme)
+        if self.shard and self.scheme is not None:
+            raise RecipeError("--shard: packed weights cannot be shared out. Leave --shard or --scheme out.")
         if self.dtype not in DTYPES:
             raise RecipeError(f"--dtype {self.dtype}: unknown. Use {', '.join(DTYPES)}.")
 
@@ -108,17 +114,17 @@ def train_adapter(
     Raises:
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
-    run, processes = begin(out, task)
+    run, processes = begin(out, task, shard=task.shard)
     streamed = open_model(model_directory(model), device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     checkpoint = streamed.skeleton.checkpoint
     select(streamed.skeleton.model, task.lora.targets)
-    windows, heldout, _ = task.text.draw(checkpoint.path, trust_remote_code=trust_remote_code)
-    model_hash = checkpoint.audit()
-    data_hash = hash_tokens(torch.cat([windows, heldout]))
-    asked = {"model": str(model), "model_hash": model_hash, "data_hash": data_hash, "task": task_identity(task)}
+    text = task.text.draw(checkpoint.path, trust_remote_code=trust_remote_code)
+    asked = {
+        "model": str(model), "model_hash": checkpoint.audit(), "data_hash": text.identity, "task": task_identity(task),
+    }  # fmt: skip
 
     def work() -> None:
-        _train(streamed, task, run, windows, heldout, processes, trust_remote_code, progress)
+        _train(streamed, task, run, text, processes, trust_remote_code, progress)
 
     results = carry_out(run, asked, work, processes, fresh=fresh)
     return TrainingResult(run=run.path, results=results)
@@ -150,15 +156,17 @@ def _predicted(streamed: StreamedModel, task: AdapterTask) -> MemoryLedger:
     kept = tuple(replace(tensor, dtype=dtype) for tensor in shape.kept)
     batch = Batch(num_sequences=task.training.batch, seqlen=task.text.seqlen, checkpointing=task.training.checkpointing)
     return predict_memory(
-        replace(shape, kept=kept, site_dtypes=dense), schemes, task.lora, batch, by_group=task.by_group
-    )
+        replace(shape, kept=kept, site_dtypes=dense), schemes, task.lora, batch, by_group=task.by_group,
+        optimizer=task.training.optimizer,
+    )  # fmt: skip
 
 
 def _train(
-    streamed: StreamedModel, task: AdapterTask, run: RunDirectory, windows: Tensor, heldout: Tensor,
-    processes: Processes, trust_remote_code: bool, progress: Progress,
+    streamed: StreamedModel, task: AdapterTask, run: RunDirectory, text: DrawnText, processes: Processes,
+    trust_remote_code: bool, progress: Progress,
 ) -> None:  # fmt: skip
     begun, memory = time.perf_counter(), PeakMemory()
+    windows, heldout = read_text(text, run, processes, progress)
     model, task = streamed.skeleton.checkpoint.path, replace(task, device=processes.device)
     if processes.is_main and task.scheme is not None:
         quantize(
@@ -175,7 +183,7 @@ def _train(
     if task.start_at_error:
         _start_at_error(adapters, model, trust_remote_code)
     folder = run.work / TRAINING
-    curve = fit(loaded, windows, task.training, folder, wrapped=processes.wrapped, progress=progress)
+    curve = fit(loaded, windows, task.training, folder, processes=processes, progress=progress)
     if not processes.is_main:
         return
     after = score_in_memory(loaded, heldout)
@@ -187,6 +195,7 @@ def _train(
     results = {
         "kind": "qlora" if task.scheme else "lora",
         "scheme": None if task.scheme is None else str(task.scheme),
+        "data": task.text.data,
         "rank": task.lora.rank,
         "perplexity_before": before.perplexity,
         "perplexity": after.perplexity,
@@ -194,6 +203,7 @@ def _train(
         "heldout_tokens": after.num_tokens,
         "trainable": ledger.total.num_trainable,
         "parameters": ledger.total.num_total,
+        "experts_without_adapter": len(stacked_experts(loaded)),
         "memory": curve.memory,
         "predicted_memory": asdict(_predicted(streamed, task)),
         "gradient_share": processes.gradient_share,

@@ -1,18 +1,19 @@
 """Distillation as a run: a model trained towards the distributions of a teacher with the same vocabulary.
 
-The run directory has, beside run.json and 5-records.jsonl, 4-model/: a model directory like the student's.
+The run directory has, beside run.json and 5-records.jsonl:
+    0-text/      what the teacher has written, where the student trains on that
+    4-model/     a model directory like the student's
 """
 
 import math
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.data.windows import hash_tokens
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
@@ -23,7 +24,8 @@ from bitwright.runs import RunDirectory
 from bitwright.train.distillation import distillation_loss, teacher_targets, towards
 from bitwright.train.engine import fit
 from bitwright.train.heldout import score_in_memory
-from bitwright.train.options import Objective, TrainingOptions
+from bitwright.train.objective import Objective
+from bitwright.train.options import FOR_DISTILLATION, TrainingOptions
 from bitwright.train.processes import Processes
 from bitwright.training_run import (
     TRAINING,
@@ -31,10 +33,11 @@ from bitwright.training_run import (
     begin,
     carry_out,
     load_in_memory,
+    read_text,
     task_identity,
     write_training_records,
 )
-from bitwright.training_text import TrainingText
+from bitwright.training_text import DrawnText, TrainingText
 
 TARGETS = "targets"
 
@@ -52,16 +55,18 @@ class DistillTask:
         features: weight of the distance between hidden states of the same depth; 0 for none.
         device: where to train.
         gradient_bits: of gradients between processes; None for dense ones.
+        shard: several processes share one model (FSDP2); each has a copy of it otherwise.
     """
 
     teacher: str
     text: TrainingText
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: TrainingOptions = FOR_DISTILLATION
     temperature: float = 1.0
     top_k: int | None = None
     features: float = 0.0
     device: str = "cpu"
     gradient_bits: int | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -89,28 +94,28 @@ def distill_model(
         CheckpointError: student and teacher have different vocabularies, or the student is quantized.
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
-    run, processes = begin(out, task)
+    run, processes = begin(out, task, shard=task.shard)
     student, teacher = open_checkpoint(model), open_checkpoint(task.teacher)
     _require_alike(model, task, student, trust_remote_code)
-    windows, heldout, _ = task.text.draw(model, trust_remote_code=trust_remote_code)
-    data_hash = hash_tokens(torch.cat([windows, heldout]))
+    text = task.text.draw(model, writer=task.teacher, trust_remote_code=trust_remote_code)
     asked = {
-        "model": str(model), "model_hash": student.audit(), "teacher_hash": teacher.audit(), "data_hash": data_hash,
-        "task": task_identity(task),
+        "model": str(model), "model_hash": student.audit(), "teacher_hash": teacher.audit(),
+        "data_hash": text.identity, "task": task_identity(task),
     }  # fmt: skip
 
     def work() -> None:
-        _train(student, teacher, task, run, windows, heldout, processes, trust_remote_code, progress)
+        _train(student, teacher, task, run, text, processes, trust_remote_code, progress)
 
     results = carry_out(run, asked, work, processes, fresh=fresh)
     return TrainingResult(run=run.path, results=results)
 
 
 def _train(
-    source: Checkpoint, teacher_source: Checkpoint, task: DistillTask, run: RunDirectory, windows: Tensor,
-    heldout: Tensor, processes: Processes, trust_remote_code: bool, progress: Progress,
+    source: Checkpoint, teacher_source: Checkpoint, task: DistillTask, run: RunDirectory, text: DrawnText,
+    processes: Processes, trust_remote_code: bool, progress: Progress,
 ) -> None:  # fmt: skip
     begun, memory = time.perf_counter(), PeakMemory()
+    windows, heldout = read_text(text, run, processes, progress)
     student, teacher = (
         load_in_memory(each.path, processes.device, torch.float32, trust_remote_code=trust_remote_code)
         for each in (source, teacher_source)
@@ -120,7 +125,7 @@ def _train(
     objective = _objective(teacher, windows, task, run.work / TARGETS, processes, progress)
     curve = fit(
         student, windows, task.training, run.work / TRAINING, objective=objective,
-        wrapped=processes.wrapped, progress=progress,
+        processes=processes, progress=progress,
     )  # fmt: skip
     if not processes.is_main:
         return
@@ -130,6 +135,7 @@ def _train(
     write_dense_copy(streamed.skeleton, {n: p.detach().cpu() for n, p in student.named_parameters()}, run.model)
     results = {
         "kind": "distill",
+        "data": task.text.data,
         "perplexity_teacher": score_in_memory(teacher, heldout).perplexity,
         "perplexity_before": before.perplexity,
         "perplexity": after.perplexity,

@@ -39,7 +39,7 @@ from bitwright.model.dense_copy import write_dense_copy
 from bitwright.model.layouts import own
 from bitwright.outcome import gate_failure
 from bitwright.pipeline import Trained, quantize
-from bitwright.preparation import DTYPES, open_model
+from bitwright.preparation import DTYPES, SELF, open_model
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Calibration, Recipe
 from bitwright.records import append_jsonl, read_jsonl, write_json_atomic
@@ -156,6 +156,7 @@ class _Source:
     """An adapter and what is known of it.
 
     Attributes:
+        given: the run, or the bare adapter.
         folder: of the adapter in PEFT's format, or of given sites (`group` is then its configuration).
         base: directory of the model that it was trained on.
         original: the unquantized model behind the base.
@@ -163,6 +164,7 @@ class _Source:
         data_hash: of all windows of its text; None where nobody wrote it down, or for another text.
     """
 
+    given: Path
     folder: Path
     base: Path
     original: Path
@@ -174,13 +176,13 @@ class _Source:
 
     def draw(self, trust_remote_code: bool) -> Tensor:
         """Return the windows to judge by."""
-        windows, heldout, _ = self.text.draw(self.original, trust_remote_code=trust_remote_code)
-        if self.data_hash not in (None, hash_tokens(torch.cat([windows, heldout]))):
+        text = self.text.draw(self.original, trust_remote_code=trust_remote_code)
+        if self.data_hash not in (None, text.identity):
             raise DataError(
                 f"{self.text.data}: is not the text of the training any more, so held-out windows are unknown. Put it "
                 "back, or give --text."
             )
-        return heldout
+        return text.read(self.given, "cpu", no_progress)[1]
 
     def load(self, device: str, trust_remote_code: bool) -> nn.Module:
         """Load the base with its adapters."""
@@ -282,10 +284,11 @@ class _Merge:
         text, original, asked = self.source.text, self.source.original, self.task.calibration
         if asked is not None:
             text = replace(text, data=asked, heldout=None)
-        windows, _, calibration = text.draw(original, trust_remote_code=self.trust_remote_code)
-        if asked is not None:
+        drawn = text.draw(original, trust_remote_code=self.trust_remote_code)
+        if asked is not None and asked != SELF:
+            windows, _ = drawn.read(self.source.given, self.task.device, self.progress)
             require_disjoint(windows, self.heldout, calibration_source=asked, evaluation_source="the held-out text")
-        return replace(recipe, calibration=calibration)
+        return replace(recipe, calibration=drawn.calibration)
 
     def _write_dense(self, target: Path) -> None:
         original = open_model(
@@ -319,15 +322,15 @@ def _find(adapter: Path, task: MergeTask) -> _Source:
         raise _not_foldable(adapter)
     if task.base is None:
         raise RecipeError(f"{adapter}: a bare adapter. Give the model that it was trained on as --base.")
-    if task.text is None:
+    if task.text is None or task.text == SELF:
         raise RecipeError(
             f"{adapter}: a bare adapter, trained on a text that nobody wrote down. Give --text to judge by."
         )
     original, base, scheme = _behind(task.base)
     text = TrainingText(data=task.text) if task.seqlen is None else TrainingText(data=task.text, seqlen=task.seqlen)
     return _Source(
-        folder=adapter, base=base, original=original, scheme=scheme, group=None, dtype="float32", text=text,
-        data_hash=None,
+        given=adapter, folder=adapter, base=base, original=original, scheme=scheme, group=None, dtype="float32",
+        text=text, data_hash=None,
     )  # fmt: skip
 
 
@@ -354,8 +357,8 @@ def _from_run(path: Path, task: MergeTask) -> _Source:
         base, scheme = RunDirectory(path / BASE).model, Scheme.parse(trained["scheme"])
     lora: dict[str, Any] = {**trained["lora"], "targets": tuple(trained["lora"]["targets"])}
     return _Source(
-        folder=path / (SITES if trained["by_group"] else ADAPTER), base=base, original=original, scheme=scheme,
-        group=LoraConfig(**lora) if trained["by_group"] else None, dtype=trained["dtype"],
+        given=path, folder=path / (SITES if trained["by_group"] else ADAPTER), base=base, original=original,
+        scheme=scheme, group=LoraConfig(**lora) if trained["by_group"] else None, dtype=trained["dtype"],
         text=text if task.text is None else replace(text, heldout=task.text),
         data_hash=asked["data_hash"] if task.text is None else None,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Quantization-aware training as a run: from post-training quantization to trained codes, with one gate and one report.
 
 The run directory has, beside run.json and 5-records.jsonl:
+    0-text/       what the model has written, where it trains on that
     0-base/       what post-training quantization makes of the same recipe, a run of its own: where training starts
     4-quantized/  the trained codes, a run of its own, which evaluates, exports and reports like any other
 """
@@ -15,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitwright.data.windows import hash_tokens
 from bitwright.errors import RecipeError
 from bitwright.evaluation.score import Score
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
@@ -35,7 +35,8 @@ from bitwright.train.fake_inputs import add_fake_cache
 from bitwright.train.fake_weights import mean_step, nearest_with_codes
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.heldout import score_in_memory
-from bitwright.train.options import Objective, TrainingOptions
+from bitwright.train.objective import Objective
+from bitwright.train.options import FOR_QAT, TrainingOptions
 from bitwright.train.processes import Processes
 from bitwright.train.qat import QatLinear, QatOptions, convert, freeze_grids, grid_parameters, prepare
 from bitwright.training_run import (
@@ -45,10 +46,11 @@ from bitwright.training_run import (
     begin,
     carry_out,
     load_in_memory,
+    read_text,
     task_identity,
     write_training_records,
 )
-from bitwright.training_text import TrainingText
+from bitwright.training_text import DrawnText, TrainingText
 
 SITES, DENSE = "sites", "dense"
 Loss = Literal["kl", "cross_entropy"]
@@ -80,7 +82,7 @@ class QatTask:
 
     recipe: Recipe
     text: TrainingText
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    training: TrainingOptions = FOR_QAT
     qat: QatOptions = field(default_factory=QatOptions)
     start: Literal["method", "original"] = "method"
     loss: Loss = "kl"
@@ -133,18 +135,17 @@ def train_quantized(
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
     run, processes = begin(out, task)
-    windows, heldout, calibration = task.text.draw(model, trust_remote_code=trust_remote_code)
-    recipe = replace(task.recipe, calibration=calibration)
+    text = task.text.draw(model, trust_remote_code=trust_remote_code)
+    recipe = replace(task.recipe, calibration=text.calibration)
     streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     decided = decide(streamed, recipe)
-    data_hash = hash_tokens(torch.cat([windows, heldout]))
     asked = {
-        "model": str(model), "model_hash": streamed.skeleton.checkpoint.audit(), "data_hash": data_hash,
+        "model": str(model), "model_hash": streamed.skeleton.checkpoint.audit(), "data_hash": text.identity,
         "recipe": recipe.to_mapping(), "task": task_identity(replace(task, recipe=Recipe())),
     }  # fmt: skip
 
     def work() -> None:
-        _Work(model, task, recipe, decided, run, processes, trust_remote_code, progress).carry_out(windows, heldout)
+        _Work(model, task, recipe, decided, run, processes, trust_remote_code, progress).carry_out(text)
 
     results = carry_out(run, asked, work, processes, fresh=fresh)
     info = run.info
@@ -168,9 +169,10 @@ class _Work:
             if scheme is not None:
                 self.schemes[site.name] = scheme
 
-    def carry_out(self, windows: Tensor, heldout: Tensor) -> None:
+    def carry_out(self, text: DrawnText) -> None:
         """Post-training quantization, training, and the run of the trained codes."""
         begun, memory = time.perf_counter(), PeakMemory()
+        windows, heldout = read_text(text, self.run, self.processes, self.progress)
         if self.processes.is_main:
             self._quantize(self.recipe, self.run.path / BASE, None)
         self.processes.wait()
@@ -195,6 +197,7 @@ class _Work:
         results = {
             "kind": "qat",
             "scheme": str(self.recipe.scheme),
+            "data": self.task.text.data,
             "loss": self.task.loss,
             "temperature": self.task.temperature,
             "labels": self.task.labels,
@@ -294,7 +297,7 @@ class _Work:
         return fit(
             student, windows, self.task.training, self.run.work / TRAINING, objective=self._objective(teacher),
             rate=self.rates.__getitem__, buffers=buffers, after_step=after_step,
-            wrapped=self.processes.wrapped, progress=self.progress,
+            processes=self.processes, progress=self.progress,
         )  # fmt: skip
 
     def _objective(self, teacher: nn.Module) -> Objective:

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from bitwright.errors import RecipeError
+from bitwright.progress import Progress, no_progress
 from bitwright.records import Environment, append_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.strict_yaml import to_plain
 from bitwright.train.engine import require_packages
-from bitwright.train.options import TrainingOptions
+from bitwright.train.options import ADAMW_8BIT, TrainingOptions
 from bitwright.train.packed_base import adopt_layers, is_from_bitsandbytes
 from bitwright.train.processes import Processes
+from bitwright.training_text import DrawnText
 
 TRAINING, LOSSES, BASE = "training", "losses.jsonl", "0-base"
 UNGATED = 1e9
@@ -67,14 +70,20 @@ class AnyTask(Protocol):
         ...
 
 
-def begin(out: str | Path, task: AnyTask) -> tuple[RunDirectory, Processes]:
+def begin(out: str | Path, task: AnyTask, *, shard: bool = False) -> tuple[RunDirectory, Processes]:
     """Check, before anything is read, that a training can run here and has a place; return that and the processes.
 
+    Args:
+        out: the run directory.
+        task: what is asked for.
+        shard: every process keeps a share of the model.
     Raises:
         MissingDependency, RunError, ResourceError, RecipeError: why not.
     """
     require_packages(task.training)
-    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits)
+    if shard and task.training.optimizer == ADAMW_8BIT:
+        raise RecipeError("--shard: bitsandbytes does not know shares of tensors. Use --optimizer adamw.")
+    run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits, shard=shard)
     if processes.is_main:
         run.check_place()
     processes.wait()
@@ -113,6 +122,14 @@ def carry_out(
     info = run.info
     assert info is not None
     return cast(dict[str, Any], info["results"])
+
+
+def read_text(text: DrawnText, run: RunDirectory, processes: Processes, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Return windows to train on [N, T] and to judge by [K, T]; the main process has them written, if need be."""
+    if processes.is_main:
+        text.read(run.path, processes.device, progress)
+    processes.wait()
+    return text.read(run.path, processes.device, no_progress)
 
 
 def load_in_memory(model: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from bitwright.calibration.self_text import generate_windows
+from bitwright.calibration import self_text
+from bitwright.calibration.self_text import generate_windows, kept_windows
 from bitwright.model.checkpoint import open_checkpoint
-from bitwright.progress import no_progress
+from bitwright.progress import Progress, no_progress
 
 
 def windows_of(folder: Path, num_windows: int = 3, seqlen: int = 24, seed: int = 0) -> Tensor:
@@ -56,3 +58,41 @@ def test_the_models_generation_habits_do_not_bend_the_sample(
 
 def test_the_shortest_window_is_the_prompt_itself(tiny_llama_dir: Path) -> None:
     assert windows_of(tiny_llama_dir, seqlen=2).shape == (3, 2)
+
+
+def kept(source: Path, folder: Path, *, seqlen: int = 24, progress: Progress = no_progress) -> Tensor:
+    return kept_windows(
+        folder, open_checkpoint(source), 5, seqlen, seed=0, num_greedy=4, device="cpu", trust_remote_code=False,
+        progress=progress,
+    )  # fmt: skip
+
+
+def test_first_tokens_are_the_most_probable_and_the_rest_is_sampled(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    windows = kept(tiny_llama_dir, tmp_path)
+    assert windows.shape == (5, 24)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    with torch.no_grad():
+        logits = model(input_ids=windows).logits
+    logits[..., 1] = -torch.inf  # the end of text is suppressed
+    is_best = logits[:, 1:-1].argmax(-1) == windows[:, 2:]  # after begin-of-text and a random token
+    assert bool(is_best[:, :4].all())
+    assert float(is_best[:, 4:].float().mean()) < 0.5
+    assert kept(tiny_llama_dir, tmp_path / "short", seqlen=4).shape == (5, 4)
+
+
+def test_writing_goes_on_where_it_was_killed(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_text, "WINDOWS_PER_SHARD", 2)
+    whole = kept(tiny_llama_dir, tmp_path / "whole")
+
+    def stop(_what: str, done: int, _total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(tiny_llama_dir, tmp_path / "killed", progress=stop)
+    first = (tmp_path / "killed" / "shard-00000.safetensors").stat().st_mtime_ns
+    assert torch.equal(kept(tiny_llama_dir, tmp_path / "killed"), whole)
+    assert (tmp_path / "killed" / "shard-00000.safetensors").stat().st_mtime_ns == first
+    assert len({tuple(row.tolist()) for row in whole}) == 5, "every shard has a seed of its own"

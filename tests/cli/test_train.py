@@ -1,16 +1,24 @@
-"""`bitwright train`: what a user sees, and that wrong requests leave nothing behind."""
+"""`bitwright train`: what a user sees, and that wrong requests leave nothing behind.
+
+This file is also what several processes run, started by torchrun: the command line, which may be killed after a step.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 Refuse = Callable[..., str]
 Cli = Callable[..., tuple[int, str, str]]
+STOP_AT = "TEST_STOP_AT"
 QUICK = ("--steps", 2, "--batch", 2, "--seqlen", 16, "--save-every", 1)
 
 
@@ -42,6 +50,20 @@ def test_a_gate_fails_with_the_reason(cli: Cli, tiny_llama_dir: Path, text: Path
     assert "above the gate of 1e-07" in err
 
 
+def together(*asked: object, stop_at: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command in two processes; killed after a step of training where one is given."""
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, *map(str, asked), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if stop_at is not None:
+        environment[STOP_AT] = str(stop_at)
+    return subprocess.run([sys.executable, *run], capture_output=True, text=True, env=environment, check=False)
+
+
+def results_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [("lora",), ("qat", "--scheme", "W4A16-g16", "--method", "rtn")], ids=lambda c: c[0]
@@ -50,14 +72,55 @@ def test_two_processes_train_one_model_with_quantized_gradients(
     tiny_llama_dir: Path, text: Path, out: Path, command: tuple[str, ...]
 ) -> None:
     name, *rest = command
-    asked = ["train", name, tiny_llama_dir, "--data", text, "--out", out, *rest, *QUICK, "--gradient-bits", 8, "--json"]
-    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bitwright.cli.app", *map(str, asked)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *run], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout[done.stdout.index("{") :])
+    asked = ("train", name, tiny_llama_dir, "--data", text, "--out", out, *rest, *QUICK, "--gradient-bits", 8)
+    found = results_of(together(*asked))
     assert len(found["losses"]) == 2
     assert 0.25 < found["gradient_share"] < 0.3
+
+
+@pytest.mark.slow
+def test_what_rounding_has_not_sent_survives_a_kill(tiny_llama_dir: Path, text: Path, out: Path) -> None:
+    options = ("--steps", 4, "--batch", 2, "--seqlen", 16, "--save-every", 2, "--gradient-bits", 1, "--lr", 0.01)
+    asked = ("train", "lora", tiny_llama_dir, "--data", text, *options, "--out")
+    whole = results_of(together(*asked, out))
+    killed = out.parent / "killed"
+    assert together(*asked, killed, stop_at=3).returncode != 0
+    checkpoint = killed / "work" / "training" / "checkpoints" / "checkpoint-2"
+    assert {"gradients-0.safetensors", "gradients-1.safetensors"} <= {file.name for file in checkpoint.iterdir()}
+    found = results_of(together(*asked, killed))
+    assert found["losses"] == whole["losses"]
+    adapters = [folder / "4-adapter" / "adapter_model.safetensors" for folder in (out, killed)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def another(model: Path, folder: Path) -> Path:
+    """A model like another, with other weights."""
+    shutil.copytree(model, folder)
+    loaded = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    loaded.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "distill"])
+def test_two_processes_share_one_model(tiny_llama_dir: Path, text: Path, out: Path, name: str) -> None:
+    options: tuple[object, ...] = ("--steps", 4, "--batch", 2, "--seqlen", 16, "--save-every", 2, "--lr", 0.001)
+    if name == "distill":
+        options += ("--teacher", another(tiny_llama_dir, out.parent / "teacher"))
+    asked = ("train", name, tiny_llama_dir, "--data", text, *options, "--out")
+    copies = results_of(together(*asked, out.parent / "copies"))
+    shared = results_of(together(*asked, out, "--shard"))
+    # Gradients are summed in another order, which AdamW carries on: a few float32 roundings of losses of a few nats.
+    assert shared["losses"] == pytest.approx(copies["losses"], rel=1e-4, abs=1e-6)
+    assert shared["perplexity"] == pytest.approx(copies["perplexity"], rel=1e-4)
+    for part in ("weights", "gradients", "optimizer"):
+        assert shared["memory"][part] < 0.55 * copies["memory"][part], part
+    killed = out.parent / "killed"
+    assert together(*asked, killed, "--shard", stop_at=3).returncode != 0
+    assert results_of(together(*asked, killed, "--shard"))["losses"] == shared["losses"]
 
 
 WRONG = [
@@ -66,7 +129,10 @@ WRONG = [
     (("lora", "--steps", 0), ("steps", "at least 1")),
     (("lora", "--lr", "-1"), ("learning_rate", "above 0")),
     (("lora", "--precision", "float8"), ("--precision float8", "bfloat16")),
+    (("lora", "--optimizer", "adam"), ("--optimizer adam", "adamw8bit")),
     (("lora", "--gradient-bits", 8), ("one process sends no gradients", "torchrun")),
+    (("lora", "--shard"), ("nobody to share", "torchrun")),
+    (("lora", "--shard", "--optimizer", "adamw8bit"), ("--optimizer adamw",)),
     (("lora", "--seqlen", 4096), ("--seqlen 4096", "128 positions")),
     (("qlora", "--scheme", "nf5"), ("nf5",)),
     (("qlora", "--by-group"), ("no float zero points", "W4A16-g64-floatzero")),
@@ -92,3 +158,24 @@ def test_text_that_is_missing_or_too_short(refuse: Refuse, tiny_llama_dir: Path,
     refuse(*asked, tmp_path / "none.txt", *QUICK, says=("none.txt",))
     (tmp_path / "short.txt").write_text("too short")
     refuse(*asked, tmp_path / "short.txt", *QUICK, says=("short.txt", "held out"))
+
+
+def command_line() -> None:
+    """Run what is asked for; every process ends after the step at which it is to be killed."""
+    from bitwright.cli.app import main
+    from bitwright.train.trainer import Recorder
+
+    on_step_end = Recorder.on_step_end
+
+    def stop(self: Recorder, args: Any, state: Any, control: Any, **given: Any) -> None:
+        on_step_end(self, args, state, control, **given)
+        if state.global_step == int(os.environ[STOP_AT]):
+            os._exit(9)
+
+    if STOP_AT in os.environ:
+        Recorder.on_step_end = stop
+    main()
+
+
+if __name__ == "__main__":
+    command_line()

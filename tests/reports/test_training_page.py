@@ -136,6 +136,13 @@ def test_an_adapter_run_has_a_page_of_its_own(tmp_path: Path) -> None:
     assert not re.search(r"https?://|url\(", page.body)
 
 
+def test_the_page_says_who_wrote_the_text(tmp_path: Path) -> None:
+    adapter = Page(write_report(write_adapter(tmp_path / "adapter", training={**QLORA, "data": "self"})))
+    assert "Text written by the original itself" in adapter.text
+    distilled = {**QLORA, "method": "distill", "data": "notes.txt"}
+    assert "Text notes.txt" in Page(write_report(write_adapter(tmp_path / "distilled", training=distilled))).text
+
+
 def test_the_chart_has_its_place_and_a_merge_its_line(tmp_path: Path) -> None:
     page = Page(write_report(write_adapter(tmp_path / "run", MERGE)))
     assert page.all("data-chart") == list(page.data["charts"]) == ["training"]

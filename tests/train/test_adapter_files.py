@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bitwright.errors import CheckpointError, RecipeError
 from bitwright.model.layouts import own
@@ -30,7 +30,8 @@ from bitwright.train.adapter_files import (
     save_adapters,
 )
 from bitwright.train.group_adapter import add_group_adapters
-from bitwright.train.lora import LoraConfig, LoraLinear, add_adapters, attach, block_layers, remove_adapters
+from bitwright.train.lora import LoraConfig, LoraLinear, add_adapters, attach, remove_adapters
+from bitwright.train.target_layers import block_layers
 
 IDS = torch.arange(12).reshape(1, 12)
 
@@ -148,6 +149,26 @@ def test_peft_loads_what_we_save(peft: Any, build: str, tmp_path: Path) -> None:
 
 
 @of_peft
+def test_peft_and_we_agree_on_layers_that_store_inputs_first(peft: Any, tmp_path: Path) -> None:
+    def build() -> GPT2LMHeadModel:
+        torch.manual_seed(1)
+        config = GPT2Config(
+            n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=32, bos_token_id=0, eos_token_id=1
+        )  # fmt: skip
+        return GPT2LMHeadModel(config).eval()
+
+    model = build()
+    adapted(model, LoraConfig(rank=4, alpha=6))
+    save_adapters(model, tmp_path / "ours", base="some/base", base_hash=base_hash(model))
+    theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path / "ours")).eval()
+    assert torch.equal(logits(theirs), logits(model))
+    theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
+    again = build()
+    load_adapters(again, tmp_path / "theirs")
+    assert torch.equal(logits(again), logits(model))
+
+
+@of_peft
 @pytest.mark.parametrize(
     "options",
     [
@@ -216,7 +237,6 @@ def test_another_base_is_refused_by_its_shapes(saved: Path) -> None:
         ({"bias": "all"}, "trained biases"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \(lm_head\)"),
         ({"use_dora": True}, "use_dora: True is not supported"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out: True is not supported"),
         ({"some_new_option": 3}, "some_new_option: 3 is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "started as 'pissa_niter_4'"),
         ({"target_modules": ["q_proj"]}, r"does not cover model\.layers\.0\.mlp\.down_proj"),

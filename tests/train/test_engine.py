@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from bitwright.errors import CheckpointError, DataError, RecipeError, TrainingDiverged
+from bitwright.errors import CheckpointError, DataError, MissingDependency, RecipeError, TrainingDiverged
+from bitwright.train import engine
 from bitwright.train.engine import fit, next_token_loss
 from bitwright.train.options import TrainingOptions
 
@@ -49,19 +50,30 @@ def test_training_lowers_the_loss_and_leaves_a_curve(
     assert curve.losses[-1] < curve.losses[0]
 
 
-@pytest.mark.parametrize("killed_at", [1, 3, 5])
+@pytest.mark.parametrize(("killed_at", "optimizer"), [(1, "adamw"), (3, "adamw"), (5, "adamw"), (3, "adamw8bit")])
 def test_a_killed_training_goes_on_bit_for_bit(
-    load: Callable[[], nn.Module], windows: Tensor, tmp_path: Path, killed_at: int
+    load: Callable[[], nn.Module], windows: Tensor, tmp_path: Path, killed_at: int, optimizer: str
 ) -> None:
-    whole, resumed = load(), load()
-    expected = fit(whole, windows, options(), tmp_path / "whole")
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    whole, resumed, asked = load(), load(), options(optimizer=optimizer)
+    expected = fit(whole, windows, asked, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(load(), windows, options(), tmp_path / "killed", after_step=stop_at(killed_at))
-    found = fit(resumed, windows, options(), tmp_path / "killed")
+        fit(load(), windows, asked, tmp_path / "killed", after_step=stop_at(killed_at))
+    found = fit(resumed, windows, asked, tmp_path / "killed")
     assert found.resumed_at == killed_at // 2 * 2 - (killed_at % 2 == 0) * 2
     assert found.losses == expected.losses
     for (name, wanted), (_, got) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(wanted, got), name
+
+
+def test_a_library_that_is_missing_is_named(
+    load: Callable[[], nn.Module], windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(MissingDependency, match=r"needs bitsandbytes. Install bitwright\[bitsandbytes\]"):
+        fit(load(), windows, options(optimizer="adamw8bit"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_training_is_only_read(load: Callable[[], nn.Module], windows: Tensor, tmp_path: Path) -> None:
@@ -134,6 +146,13 @@ def test_half_a_checkpoint_does_not_count(load: Callable[[], nn.Module], windows
 def test_no_text_and_impossible_options_are_refused(load: Callable[[], nn.Module], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one window"):
         fit(load(), torch.empty(0, 16, dtype=torch.int64), options(), tmp_path)
-    for name, value in {"steps": 0, "batch": 0, "learning_rate": float("inf"), "warmup": 1.0, "seed": -1}.items():
+    for name, value in {
+        "optimizer": "adam",
+        "steps": 0,
+        "batch": 0,
+        "learning_rate": float("inf"),
+        "warmup": 1.0,
+        "seed": -1,
+    }.items():
         with pytest.raises(RecipeError, match=name):
             options(**{name: value})

@@ -185,11 +185,12 @@ def run_resumed(rank: int, options: GradientOptions) -> Result:
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     train(wrapped, rank, range(3), optimizer)
     assert traffic is not None
-    kept, weights = traffic.state_dict(), state_of(wrapped)
+    kept, weights, file = traffic.state_dict(), state_of(wrapped), Path(f"residuals-{options.bits}-{rank}.safetensors")
+    traffic.save(file)
     again, resumed = parallel(Net(), options)
     again.module.load_state_dict(weights)
     assert resumed is not None
-    resumed.load_state_dict(kept)
+    resumed.load(file)
     train(wrapped, rank, range(3, 6), optimizer)
     train(again, rank, range(3, 6), torch.optim.SGD(again.parameters(), lr=0.1))
     return {"through": state_of(wrapped), "resumed": state_of(again), "counts": (traffic.sent_bytes,
@@ -352,7 +353,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(NUM_RANKS)
     ]

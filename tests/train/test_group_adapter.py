@@ -17,7 +17,8 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.scales import FloatScale
 from bitwright.schemes import Scheme
 from bitwright.train.group_adapter import GroupLoraLinear, add_group_adapters, fold_adapters
-from bitwright.train.lora import LoraConfig, adapters_of, block_layers, merged, remove_adapters
+from bitwright.train.lora import LoraConfig, adapters_of, merged, remove_adapters
+from bitwright.train.target_layers import block_layers
 
 SCHEMES = ("W4A16-g16-floatzero", "W3A16-g20-floatzero", "W4A16-channel-floatzero", "W8A8-g16-floatzero")
 OUT, IN = 24, 64

@@ -1,6 +1,6 @@
 """Memory of training: the exact parts of the prediction are what a live model holds; activations are near it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from bitwright.numerics.scales import FloatScale
 from bitwright.schemes import MODEL_SCALE, Scheme
 from bitwright.search.model_shape import ModelShape, shape_of_config
 from bitwright.train.group_adapter import add_group_adapters
-from bitwright.train.lora import LoraConfig, add_adapters, block_layers
+from bitwright.train.lora import LoraConfig, add_adapters
 from bitwright.train.memory_ledger import (
     Batch,
     MemoryLedger,
@@ -28,6 +28,7 @@ from bitwright.train.memory_ledger import (
     measure_memory,
     predict_memory,
 )
+from bitwright.train.target_layers import block_layers
 
 CONFIG = LoraConfig(rank=4, targets=("*.q_proj", "*.down_proj"))
 BATCH = Batch(num_sequences=2, seqlen=16)
@@ -64,8 +65,8 @@ def pack(model: nn.Module, schemes: Mapping[str, Scheme | None], dtype: torch.dt
         model.set_submodule(name, QuantizedLinear(scheme, *weight.shape, stored, bias))
 
 
-def step(model: LlamaForCausalLM) -> MemoryLedger:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+def step(model: LlamaForCausalLM, kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> MemoryLedger:
+    optimizer = kind([p for p in model.parameters() if p.requires_grad])
     ids = torch.arange(32).reshape(2, 16)
     model(ids, labels=ids).loss.backward()
     optimizer.step()
@@ -115,6 +116,15 @@ def test_everything_trained(dtype: torch.dtype, tied: bool, tmp_path: Path) -> N
     predicted = predict_memory(shape, {}, None, BATCH)
     assert exact(predicted) == exact(step(model))
     assert predicted.gradients == predicted.weights
+
+
+def test_everything_trained_with_states_in_8_bits(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    shape, model = shape_and_model(tmp_path, torch.float32)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    assert min(sizes) < 4096 < max(sizes), "both kinds of states"
+    predicted = predict_memory(shape, {}, None, BATCH, optimizer="adamw8bit")
+    assert exact(predicted) == exact(step(model, bitsandbytes.optim.AdamW8bit))
 
 
 @pytest.mark.parametrize("name", [None, "W4A16-g32"])

@@ -10,15 +10,20 @@ from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
 from bitwright.cli.speed_command import MeasureSpeed, add_speed
+from bitwright.train.options import FOR_ADAPTERS, FOR_DISTILLATION, FOR_QAT, OPTIMIZERS, TrainingOptions
 
 if TYPE_CHECKING:
-    from bitwright.train.options import TrainingOptions
     from bitwright.training_text import TrainingText
 
 train = typer.Typer(no_args_is_help=True, help="Fine-tune a model, or train its quantized weights.")
 
 Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
-Data = Annotated[str, typer.Option(help="Text to train on: file, JSONL, hub:NAME[:CONFIG[:SPLIT]] or stdlib.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Text to train on: file, JSONL, hub:NAME[:CONFIG[:SPLIT]], stdlib, or self (the model writes it)."
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Run directory; the same command goes on with an interrupted run.")]
 Heldout = Annotated[str | None, typer.Option(help="Text to judge by; windows of --data unless given.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
@@ -27,6 +32,7 @@ Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
 Batch = Annotated[int, typer.Option(help="Windows per step and process.")]
 Accumulation = Annotated[int, typer.Option(help="Batches per step.")]
 Rate = Annotated[float, typer.Option("--learning-rate", "--lr", help="The highest of the schedule.")]
+Optimizer = Annotated[str, typer.Option(help="adamw, or adamw8bit: states in 8 bit (bitsandbytes).")]
 Decay = Annotated[float, typer.Option(help="Weight decay of AdamW.")]
 Precision = Annotated[str, typer.Option(help="float32, or bfloat16 (autocast).")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")]
@@ -41,6 +47,7 @@ Targets = Annotated[
     list[str] | None, typer.Option(help="Patterns of layers, separated by commas; all of the blocks unless given.")
 ]
 GradientBits = Annotated[int | None, typer.Option(help="Under torchrun: send gradients in 8, 4 or 1 bits.")]
+Shard = Annotated[bool, typer.Option("--shard", help="Under torchrun: share one model (FSDP2) instead of copying it.")]
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="Compute type of the frozen base: float32, bfloat16 or float16.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run left in --out.")]
@@ -68,11 +75,13 @@ MaxKl = Annotated[float | None, typer.Option(help="Fail above this KL divergence
 def lora(
     model: Model, data: Data, out: Out, heldout: Heldout = None, rank: Rank = 16, alpha: Alpha = 32.0,
     dropout: Dropout = 0.0, rslora: RankStabilised = False, targets: Targets = None, seqlen: Seqlen = 256,
-    windows: Windows = None, steps: Steps = 200, batch: Batch = 8, accumulation: Accumulation = 1,
-    learning_rate: Rate = 5e-4, weight_decay: Decay = 0.0, precision: Precision = "float32",
-    checkpointing: Checkpointing = False, save_every: SaveEvery = 50, tensorboard: Tensorboard = False,
-    gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu", dtype: Dtype = "float32",
-    fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
+    windows: Windows = None, steps: Steps = FOR_ADAPTERS.steps, batch: Batch = 8, accumulation: Accumulation = 1,
+    learning_rate: Rate = FOR_ADAPTERS.learning_rate, optimizer: Optimizer = "adamw", weight_decay: Decay = 0.0,
+    precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
+    tensorboard: Tensorboard = False,
+    gradient_bits: GradientBits = None, shard: Shard = False, seed: Seed = 0, device: Device = "cpu",
+    dtype: Dtype = "float32", fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Fine-tune with low-rank adapters beside the frozen weights; leaves an adapter in PEFT's format."""
     given = dict(locals())
@@ -90,8 +99,9 @@ def qlora(
     by_group: Annotated[
         bool, typer.Option("--by-group", help="Adapters that fold into zero points (QA-LoRA); a -floatzero scheme.")
     ] = False,
-    seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = 200, batch: Batch = 8,
-    accumulation: Accumulation = 1, learning_rate: Rate = 5e-4, weight_decay: Decay = 0.0,
+    seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = FOR_ADAPTERS.steps, batch: Batch = 8,
+    accumulation: Accumulation = 1, learning_rate: Rate = FOR_ADAPTERS.learning_rate, optimizer: Optimizer = "adamw",
+    weight_decay: Decay = 0.0,
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
     tensorboard: Tensorboard = False, gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu",
     dtype: Dtype = "float32", fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False,
@@ -112,9 +122,10 @@ def qat(
     loss: Annotated[str, typer.Option(help="kl follows the original model, cross_entropy the text.")] = "kl",
     temperature: Temperature = 1.0, labels: Labels = 0.0, freeze_after: FreezeAfter = 0.8, grid_rate: GridRate = 0.1,
     rest_rate: RestRate = 0.1, train_rest: Rest = False, cache_bits: CacheBits = None, max_kl: MaxKl = None,
-    heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = 300, batch: Batch = 8,
-    accumulation: Accumulation = 1,
-    learning_rate: StepRate = 1e-3, weight_decay: Decay = 0.0, precision: Precision = "float32",
+    heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = FOR_QAT.steps,
+    batch: Batch = 8, accumulation: Accumulation = 1, learning_rate: StepRate = FOR_QAT.learning_rate,
+    optimizer: Optimizer = "adamw",
+    weight_decay: Decay = 0.0, precision: Precision = "float32",
     checkpointing: Checkpointing = False, save_every: SaveEvery = 50, tensorboard: Tensorboard = False,
     gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu", measure_speed: MeasureSpeed = False,
     fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
@@ -156,11 +167,13 @@ def distill(
         int | None, typer.Option(help="Keep so many of the teacher's logits per token on disk; runs it unless given.")
     ] = None,
     features: Annotated[float, typer.Option(help="Weight of the distance between hidden states.")] = 0.0,
-    heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = 300, batch: Batch = 8,
-    accumulation: Accumulation = 1, learning_rate: Rate = 1e-4, weight_decay: Decay = 0.0,
+    heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None,
+    steps: Steps = FOR_DISTILLATION.steps, batch: Batch = 8, accumulation: Accumulation = 1,
+    learning_rate: Rate = FOR_DISTILLATION.learning_rate, optimizer: Optimizer = "adamw", weight_decay: Decay = 0.0,
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
-    tensorboard: Tensorboard = False, gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu",
-    fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
+    tensorboard: Tensorboard = False, gradient_bits: GradientBits = None, shard: Shard = False, seed: Seed = 0,
+    device: Device = "cpu", fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Train all weights of a model towards a teacher of the same vocabulary; leaves a model directory."""
     given = dict(locals())
@@ -168,7 +181,7 @@ def distill(
 
     task = DistillTask(
         teacher=teacher, text=_text(given), training=_options(given), temperature=temperature, top_k=top_k,
-        features=features, device=device, gradient_bits=gradient_bits,
+        features=features, device=device, gradient_bits=gradient_bits, shard=shard,
     )  # fmt: skip
     with ProgressBars(quiet=quiet or as_json) as progress:
         found = distill_model(model, task, out, fresh=fresh, trust_remote_code=trust_remote_code, progress=progress)
@@ -177,7 +190,8 @@ def distill(
 
 def _adapter(given: dict[str, Any], *, scheme: Any, start_at_error: bool, by_group: bool) -> None:
     from bitwright.adapter_run import AdapterTask, train_adapter
-    from bitwright.train.lora import ALL_TARGETS, LoraConfig
+    from bitwright.train.lora import LoraConfig
+    from bitwright.train.target_layers import ALL_TARGETS
 
     config = LoraConfig(
         rank=given["rank"], alpha=given["alpha"], dropout=given["dropout"], rslora=given["rslora"],
@@ -186,6 +200,7 @@ def _adapter(given: dict[str, Any], *, scheme: Any, start_at_error: bool, by_gro
     task = AdapterTask(
         text=_text(given), training=_options(given), lora=config, scheme=scheme, start_at_error=start_at_error,
         by_group=by_group, dtype=given["dtype"], device=given["device"], gradient_bits=given["gradient_bits"],
+        shard=given.get("shard", False),
     )  # fmt: skip
     with ProgressBars(quiet=given["quiet"] or given["as_json"]) as progress:
         found = train_adapter(
@@ -204,15 +219,14 @@ def _text(given: dict[str, Any]) -> "TrainingText":
     )  # fmt: skip
 
 
-def _options(given: dict[str, Any]) -> "TrainingOptions":
-    from bitwright.train.options import TrainingOptions
-
+def _options(given: dict[str, Any]) -> TrainingOptions:
     names = (
         "steps", "batch", "accumulation", "learning_rate", "weight_decay", "checkpointing", "save_every", "seed",
         "tensorboard",
     )  # fmt: skip
     precision = _one_of("--precision", given["precision"], ("float32", "bfloat16"))
-    return TrainingOptions(precision=precision, **{name: given[name] for name in names})
+    optimizer = _one_of("--optimizer", given["optimizer"], OPTIMIZERS)
+    return TrainingOptions(precision=precision, optimizer=optimizer, **{name: given[name] for name in names})
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> Any:

@@ -13,9 +13,13 @@ from bitwright.errors import ResourceError
 from bitwright.records import sync_folder
 
 
-def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
     """Replace a safetensors file in one step, and wait until it is on disk.
 
+    Args:
+        path: of the file.
+        tensors: by name.
+        facts: what else its header says.
     Raises:
         ResourceError: the disk is full or the file may not be written; the old content is untouched.
     """
@@ -23,7 +27,7 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        save_file(dict(tensors), temporary, metadata={"format": "pt", **(facts or {})})
         temporary.chmod(permissions)  # what the user's umask gives; safetensors itself shuts everybody else out
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())

@@ -26,6 +26,7 @@ class TrainingFact:
     Attributes:
         method: lora, qlora, qat or distill.
         scheme: of the weights, or of the frozen base.
+        data: text that was trained on; `self` for what the original model, or the teacher, has written.
         loss: kl (from the original model, or the teacher) or cross_entropy.
         start: original where training began at the weights themselves, not at what another method made of them.
         temperature: of the kl loss; None is 1.
@@ -36,6 +37,7 @@ class TrainingFact:
 
     method: str
     scheme: str
+    data: str
     loss: str
     start: str
     temperature: Figure
@@ -202,6 +204,8 @@ def circumstances(training: Training) -> list[tuple[str, str]]:
     """What it took, as labels and values; without what was not recorded."""
     f = training.figures
     rows = [("Method", capital(name(training))), ("Steps", wording.count(len(training.steps)))]
+    if f.data:
+        rows.append(("Text", f"written by the {target(training)} itself" if f.data == "self" else f.data))
     if f.scheme:
         rows.append(("Scheme", f.scheme))
     if f.rank is not None:

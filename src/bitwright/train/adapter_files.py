@@ -31,7 +31,8 @@ from bitwright.model.sites import modules_of
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.nn.linear import QuantizedLinear
 from bitwright.records import write_json_atomic
-from bitwright.train.lora import LoraConfig, LoraLinear, adapters_of, attach, linear_layers
+from bitwright.train.lora import LoraConfig, LoraLinear, adapters_of, attach
+from bitwright.train.target_layers import Conv1D, Layer, linear_layers, shape_of
 
 CONFIG, TENSORS, FACTS = "adapter_config.json", "adapter_model.safetensors", "bitwright_adapter.json"
 PICKLE = "adapter_model.bin"
@@ -44,8 +45,8 @@ _READ = {
 # These say where an adapter comes from, how it was initialised, or what the stored tensors tell better.
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Starts that leave the base's weight as it is; others take a part out of it, which only peft can do again."""
@@ -144,7 +145,7 @@ def load_adapters(model: nn.Module, folder: Path, *, check_base: bool = True) ->
     for name, (a, b) in files.layers.items():
         if name not in known:
             raise CheckpointError(f"{folder}: it adapts {name}, which is no linear layer of this model. Another base?")
-        found = [known[name].out_features, known[name].in_features]
+        found = list(shape_of(known[name]))
         if found != [b.shape[0], a.shape[1]]:
             raise CheckpointError(
                 f"{folder}: it adapts a weight {[b.shape[0], a.shape[1]]} at {name}, which is {found} in this model. "
@@ -156,7 +157,7 @@ def load_adapters(model: nn.Module, folder: Path, *, check_base: bool = True) ->
             "pass check_base=False if the difference is meant."
         )
 
-    def build(name: str, base: nn.Linear | QuantizedLinear) -> LoraLinear:
+    def build(name: str, base: Layer) -> LoraLinear:
         a, b = files.layers[name]
         adapter = LoraLinear(base, files.configs[name])  # float32 whatever the file has, as peft does it
         with torch.no_grad():
@@ -203,6 +204,7 @@ def _config(model: nn.Module, adapters: Mapping[str, LoraLinear], base: str) -> 
         "lora_alpha": alpha,
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
+        "fan_in_fan_out": any(isinstance(adapter.base, Conv1D) for adapter in adapters.values()),
         "target_modules": _targets(model, list(adapters)),
         "rank_pattern": {_exactly(name): config.rank for name, config in configs.items() if config.rank != rank},
         "alpha_pattern": {_exactly(name): config.alpha for name, config in configs.items() if config.alpha != alpha},

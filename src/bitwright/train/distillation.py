@@ -30,7 +30,7 @@ from bitwright.errors import CheckpointError, DataError, RecipeError, ShapeError
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.progress import Progress, no_progress
 from bitwright.records import write_json_atomic
-from bitwright.train.options import Objective
+from bitwright.train.objective import Objective
 
 INDEX = "targets.json"
 SHARD_WINDOWS = 16

@@ -12,7 +12,6 @@ Shapes: N windows, B windows per batch, T tokens.
 """
 
 import json
-import os
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +26,9 @@ from bitwright.errors import DataError, MissingDependency
 from bitwright.progress import Progress, no_progress
 from bitwright.records import read_jsonl, write_json_atomic, write_text_atomic
 from bitwright.train.memory_ledger import measure_memory
-from bitwright.train.options import Objective, TrainingOptions
+from bitwright.train.objective import Objective
+from bitwright.train.options import ADAMW_8BIT, TrainingOptions
+from bitwright.train.processes import Processes
 
 MEMORY = "memory.json"
 
@@ -62,7 +63,7 @@ def fit(
     rate: Callable[[str], float] = lambda _: 1.0,
     buffers: Collection[str] = (),
     after_step: Callable[[int], None] = lambda _: None,
-    wrapped: Callable[[nn.Module], None] = lambda _: None,
+    processes: Processes | None = None,
     progress: Progress = no_progress,
 ) -> Curve:
     """Train the parameters that require gradients; the same call goes on with an interrupted training.
@@ -75,31 +76,35 @@ def fit(
         rate: factor on the learning rate of a parameter, by its name.
         buffers: names of buffers that training changes.
         after_step: called with the number of steps done before the next one, also where a training goes on.
-        wrapped: called once with the model as it is run, which is DDP's wrapper where there are several processes.
+        processes: those that train together; None for this one alone.
         progress: called with ("train", steps done, steps).
     Raises:
         TrainingDiverged: the loss is not finite; the last good checkpoint stays.
         DataError: processes were given different windows, or none.
         CheckpointError: the folder's checkpoints belong to another model.
-        MissingDependency: accelerate (or tensorboard, where asked for) is not installed.
+        MissingDependency: accelerate (or tensorboard or bitsandbytes, where asked for) is not installed.
     """
     if windows.shape[0] == 0:
         raise DataError("training needs at least one window of text. Give more text, or a smaller --seqlen.")
     require_packages(options)
+    from bitwright.train.sharding import gather_into, sharded_copy
     from bitwright.train.trainer import LOSSES, Engine, Loop, last_checkpoint, step_of
 
     folder.mkdir(parents=True, exist_ok=True)
-    last = last_checkpoint(folder)
+    processes = processes or Processes(next(model.parameters()).device.type)
+    last = last_checkpoint(folder, processes)
     done, losses = step_of(last), folder / LOSSES
-    if int(os.environ.get("RANK", "0")) == 0:
+    if processes.is_main:
         _forget_after(losses, done)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    state: dict[str, Tensor] = {**trained, **{name: model.get_buffer(name) for name in buffers}}
+    device = next(model.parameters()).device
+    student = sharded_copy(model) if processes.shard else model
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    state: dict[str, Tensor] = {**trained, **{name: student.get_buffer(name) for name in buffers}}
     loop = Loop(
-        folder=folder, state=state, objective=objective, rate=rate, after_step=after_step, wrapped=wrapped,
-        measure=partial(_measure, folder / MEMORY), progress=progress,
+        folder=folder, state=state, objective=objective, rate=rate, after_step=after_step,
+        processes=processes, measure=partial(_measure, folder / MEMORY, processes), progress=progress,
     )  # fmt: skip
-    engine = Engine(model, windows, options, loop)
+    engine = Engine(student, windows, options, loop)
     _require_same_data(engine, windows)
     progress("train", done, options.steps)
     if done < options.steps:
@@ -108,22 +113,29 @@ def fit(
         engine.accelerator.unwrap_model(cast(Any, engine.model), keep_fp32_wrapper=False)
     elif last is not None:
         engine.restore(last)
+    if processes.shard:
+        gather_into(model, student, device)
     return Curve(
         losses=tuple(float(entry["loss"]) for entry in read_jsonl(losses)), resumed_at=done,
         memory=json.loads((folder / MEMORY).read_text(encoding="utf-8")),
     )  # fmt: skip
 
 
-def _measure(file: Path, model: nn.Module, optimizer: Any) -> None:
-    if not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
+def _measure(file: Path, processes: Processes, model: nn.Module, optimizer: Any) -> None:
+    if not file.is_file() and processes.is_main:
         write_json_atomic(file, asdict(measure_memory(model, getattr(optimizer, "optimizer", optimizer))))
 
 
 def require_packages(options: TrainingOptions) -> None:
     """Raises MissingDependency, before anything is written, where training cannot run."""
-    for package in ("accelerate", *(["tensorboard"] if options.tensorboard else [])):
+    needed = {"accelerate": "train"}
+    if options.tensorboard:
+        needed["tensorboard"] = "train"
+    if options.optimizer == ADAMW_8BIT:
+        needed["bitsandbytes"] = "bitsandbytes"
+    for package, extra in needed.items():
         if find_spec(package) is None:
-            raise MissingDependency(f"training needs {package}. Install bitwright[train].")
+            raise MissingDependency(f"training needs {package}. Install bitwright[{extra}].")
 
 
 def _forget_after(losses: Path, step: int) -> None:

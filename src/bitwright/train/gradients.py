@@ -25,20 +25,26 @@ Reference:
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from bitwright.errors import CheckpointError
+from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.train.gradient_codes import GradientOptions, Layout, decode, encode, from_bytes, to_bytes
 
 OWN, MEAN = "own", "mean"
+_FACTS = "state"
+"""In the header of a file: all of the state but the residuals."""
 
 
 class GradientTraffic:
@@ -109,6 +115,34 @@ class GradientTraffic:
         self.num_steps = state["num_steps"]
         self.sent_bytes = state["sent_bytes"]
         self.dense_bytes = state["dense_bytes"]
+
+    def save(self, file: Path) -> None:
+        """Write the `state_dict` of this rank.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        state = self.state_dict()
+        residuals: Mapping[str, Mapping[str, Tensor]] = state.pop("residuals")
+        tensors = {f"{phase}/{name}": kept.cpu() for phase, each in residuals.items() for name, kept in each.items()}
+        save_tensors_atomic(file, tensors, {_FACTS: json.dumps(state)})
+
+    def load(self, file: Path) -> None:
+        """Continue from what `save` wrote in the same rank.
+
+        Raises:
+            CheckpointError: it is damaged, or as `load_state_dict`.
+        """
+        residuals: dict[str, dict[str, Tensor]] = {OWN: {}, MEAN: {}}
+        try:
+            with safe_open(file, framework="pt") as handle:  # pyright: ignore[reportUnknownVariableType]
+                state = json.loads(handle.metadata()[_FACTS])
+                for key in handle.keys():  # noqa: SIM118
+                    phase, _, name = cast(str, key).partition("/")
+                    residuals[phase][name] = cast(Tensor, handle.get_tensor(key))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}). Start with --fresh.") from None
+        self.load_state_dict({**state, "residuals": residuals})
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Replace the gradients of a bucket by their mean over ranks."""

@@ -34,7 +34,8 @@ from bitwright.numerics.inputs import QuantizedSite
 from bitwright.numerics.integer import FLOAT_ZERO_DTYPE, IntegerFormat
 from bitwright.numerics.ste import straight_through
 from bitwright.schemes import Scheme
-from bitwright.train.lora import Adapter, LoraConfig, adapters_of, attach, select
+from bitwright.train.lora import Adapter, LoraConfig, adapters_of, attach
+from bitwright.train.target_layers import Layer, select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -74,9 +75,7 @@ class GroupLoraLinear(Adapter):
         RecipeError: the base cannot take an adapter into its zero points, or the configuration has dropout.
     """
 
-    def __init__(
-        self, base: nn.Linear | QuantizedLinear, config: LoraConfig, *, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, base: Layer, config: LoraConfig, *, dtype: torch.dtype = torch.float32) -> None:
         layer = _foldable(base)
         if config.dropout:
             raise RecipeError(
@@ -135,7 +134,7 @@ def add_group_adapters(model: nn.Module, config: LoraConfig) -> dict[str, GroupL
         StructureError: the model has no decoder blocks.
     """
 
-    def build(name: str, base: nn.Linear | QuantizedLinear) -> GroupLoraLinear:
+    def build(name: str, base: Layer) -> GroupLoraLinear:
         try:
             return GroupLoraLinear(base, config)
         except RecipeError as error:
@@ -155,7 +154,7 @@ def fold_adapters(model: nn.Module) -> Mapping[str, QuantizedSite]:
     return sites
 
 
-def _foldable(base: nn.Linear | QuantizedLinear) -> QuantizedLinear:
+def _foldable(base: Layer) -> QuantizedLinear:
     if not isinstance(base, QuantizedLinear):
         raise RecipeError("group adapter: this layer is dense. Quantize it to W4A16-g64-floatzero, or use lora.")
     require_foldable(base.scheme)

@@ -15,7 +15,6 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -23,15 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitwright.errors import RecipeError, did_you_mean
-from bitwright.model.sites import block_sites, find_blocks, modules_of
+from bitwright.errors import RecipeError
+from bitwright.model.sites import modules_of
 from bitwright.nn.frozen import frozen_linear
 from bitwright.nn.linear import QuantizedLinear
 from bitwright.recipe import matches
+from bitwright.train.target_layers import ALL_TARGETS, Conv1D, Layer, linear_layers, select, shape_of
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-ALL_TARGETS = ("*",)
-"""Every linear layer of the decoder blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,16 +81,14 @@ class Adapter(nn.Module, ABC):
         dtype: of A and B.
     """
 
-    def __init__(
-        self, base: nn.Linear | QuantizedLinear, num_inputs: int, config: LoraConfig, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, base: Layer, num_inputs: int, config: LoraConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.base, self.config, self.scaling = base, config, config.scaling
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.out_features, self.in_features = shape_of(base)
         base.requires_grad_(False)
         device = base.get_buffer("weight").device if isinstance(base, QuantizedLinear) else base.weight.device
         self.lora_a = nn.Parameter(torch.empty(config.rank, num_inputs, dtype=dtype, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     @property
@@ -113,7 +109,13 @@ class Adapter(nn.Module, ABC):
     def base_weight(self) -> Tensor:
         """Return the base's dense weight [O, I]; a packed one is decoded, in the model's dtype."""
         base = self.base
-        return base.site().dense(base.dtype) if isinstance(base, QuantizedLinear) else base.weight.detach()
+        return (
+            base.site().dense(base.dtype) if isinstance(base, QuantizedLinear) else self.as_stored(base.weight.detach())
+        )
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """Return a matrix [O, I] as the base stores its weight, or the other way round: GPT-2 stores [I, O]."""
+        return matrix.T if isinstance(self.base, Conv1D) else matrix
 
     def product(self) -> Tensor:
         """Return scaling · B A [O, n], in the dtype of the adapter."""
@@ -134,10 +136,8 @@ A = TypeVar("A", bound=Adapter)
 class LoraLinear(Adapter):
     """W' = W + scaling · B A; the arguments are those of `Adapter`, with n = I."""
 
-    def __init__(
-        self, base: nn.Linear | QuantizedLinear, config: LoraConfig, *, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(base, base.in_features, config, dtype)
+    def __init__(self, base: Layer, config: LoraConfig, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(base, shape_of(base)[1], config, dtype)
         self.dropout = nn.Dropout(config.dropout)
         # In a tuple, so that neither the state nor the parameters of the model list it.
         self._original: tuple[nn.Parameter] | None = None
@@ -178,7 +178,7 @@ class LoraLinear(Adapter):
             raise RecipeError("lora: this adapter is merged already. Unmerge it first.")
         weight = cast(nn.Parameter, self.base.weight)
         with torch.no_grad():
-            changed = (weight.float() + self.delta().float()).to(weight.dtype)
+            changed = (weight.float() + self.as_stored(self.delta().float())).to(weight.dtype)
         self._original = (weight,)
         # A new parameter: a weight that another layer shares (a tied head) must not change there.
         self.base.weight = nn.Parameter(changed, requires_grad=False)
@@ -196,50 +196,6 @@ class LoraLinear(Adapter):
         self.base.weight, self._original = weight, None
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear | QuantizedLinear]:
-    """Return every linear layer of the model that an adapter can stand around, by name."""
-    # A subclass of Linear may compute something else.
-    return {
-        name: module
-        for name, module in modules_of(model).items()
-        if isinstance(module, QuantizedLinear) or type(module) is nn.Linear
-    }
-
-
-def block_layers(model: nn.Module) -> dict[str, nn.Linear | QuantizedLinear]:
-    """Return those of the decoder blocks, without routers; experts in one 3-D parameter are no layers.
-
-    Raises:
-        StructureError: the model has no decoder blocks.
-    """
-    outline, layers = _outline(model), linear_layers(model)
-    sites = [site for block in find_blocks(outline)[1] for site in block_sites(outline.get_submodule(block), block)]
-    return {site.name: layers[site.name] for site in sites if site.kind != "router" and site.name in layers}
-
-
-def select(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Return the names of the block's linear layers that any of the patterns covers, in the model's order.
-
-    Raises:
-        RecipeError: a pattern covers none, or there are none.
-        StructureError: the model has no decoder blocks.
-    """
-    patterns, names = list(targets), list(block_layers(model))
-    if not names:
-        raise RecipeError(
-            f"lora: the decoder blocks of {type(model).__name__} hold their weights in other modules than nn.Linear, "
-            "around which no adapter can stand. Use another model."
-        )
-    for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
-            known = {f"*.{name.rpartition('.')[2]}" for name in names}
-            raise RecipeError(
-                f"lora: pattern '{pattern}' matches no linear layer of the decoder blocks."
-                f"{did_you_mean(pattern, known)}"
-            )
-    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
-
-
 def add_adapters(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
     """Freeze the model and put an adapter around every target; in place. Return them by the names of the layers.
 
@@ -252,9 +208,7 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
     return attach(model, select(model, config.targets), lambda _, base: LoraLinear(base, config))
 
 
-def attach(
-    model: nn.Module, names: Iterable[str], build: Callable[[str, nn.Linear | QuantizedLinear], A]
-) -> dict[str, A]:
+def attach(model: nn.Module, names: Iterable[str], build: Callable[[str, Layer], A]) -> dict[str, A]:
     """Freeze the model and put what `build` makes of each named layer into its place.
 
     Raises:
@@ -353,18 +307,11 @@ def trainable_ledger(model: nn.Module) -> TrainableLedger:
 
 
 def _kind(module: nn.Module) -> str:
-    kinds = {Adapter: "adapter", QuantizedLinear: "packed", nn.Linear: "linear", nn.Embedding: "embedding"}
+    kinds = {
+        Adapter: "adapter", QuantizedLinear: "packed", nn.Linear: "linear", Conv1D: "linear",
+        nn.Embedding: "embedding",
+    }  # fmt: skip
     return next((name for kind, name in kinds.items() if isinstance(module, kind)), "other")
-
-
-def _outline(module: nn.Module) -> nn.Module:
-    """Return the tree of modules with dense layers, without weights, in the place of packed ones, as sites need it."""
-    if isinstance(module, QuantizedLinear):
-        return nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    outline = copy(module)
-    children = {name: _outline(child) for name, child in module.named_children()}
-    outline._modules = dict[str, nn.Module | None](children)  # pyright: ignore[reportPrivateUsage]
-    return outline
 
 
 def _check(holds: bool, key: str, value: object, wanted: str) -> None:

@@ -1,8 +1,10 @@
 """What training needs of memory, by what it is for: predicted from a model's shape, and counted in a live one.
 
-Exact in both, and equal: weights, scales, adapters, gradients and the states of AdamW (two numbers per trained number,
-in its dtype, and a float32 step per tensor). Not counted are buffers that no checkpoint holds (rotary frequencies),
-the one dense weight that a packed layer decodes at a time, and what the allocator wastes.
+Exact in both, and equal: weights, scales, adapters, gradients and the states of the optimizer. Those of AdamW are two
+numbers per trained number, in its dtype, and a float32 step per tensor; those of adamw8bit (bitsandbytes) two bytes per
+trained number and two float32 scales for every 256, two tables for all tensors, and float32 numbers for tensors below
+4096. Not counted are buffers that no checkpoint holds (rotary frequencies), the one dense weight that a packed layer
+decodes at a time, and what the allocator wastes.
 
 Activations are estimated. With T tokens, autograd keeps of each block about
 
@@ -16,7 +18,8 @@ logits come on top: in the model's dtype, and twice in float32 (the loss and its
 Legend: T tokens, O out features, I in features, r rank.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +34,14 @@ from bitwright.schemes import Scheme
 from bitwright.search.model_shape import ModelShape, StoredTensor
 from bitwright.search.stored_size import site_tensors
 from bitwright.train.lora import Adapter, LoraConfig
+from bitwright.train.options import ADAMW_8BIT
+from bitwright.train.sharding import share_of
 
 _CODES = "weight_codes"
 _STATES, _STEP_BYTES = 2, 4
 _ADAPTER_BYTES = 4
+# bitsandbytes' AdamW8bit
+_STATE_BLOCK, _SMALLEST, _TABLE_BYTES = 256, 4096, 256 * 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +53,7 @@ class MemoryLedger:
         scales: all that stands beside packed codes.
         adapters: their matrices.
         gradients: of everything that is trained.
-        optimizer: states of AdamW.
+        optimizer: its states.
         activations: kept for the backward pass; an estimate in a prediction, 0 where they were not measured.
     """
 
@@ -84,6 +91,7 @@ def predict_memory(
     batch: Batch,
     *,
     by_group: bool = False,
+    optimizer: str = "adamw",
 ) -> MemoryLedger:
     """Predict the memory of training, before anything is loaded.
 
@@ -93,6 +101,7 @@ def predict_memory(
         config: adapters; None trains everything that is not packed.
         batch: what decides activations.
         by_group: adapters are group adapters.
+        optimizer: adamw or adamw8bit.
     """
     dense, codes, scales = list(shape.kept), 0, 0
     for site in shape.sites:
@@ -109,21 +118,23 @@ def predict_memory(
                 scales += num_bytes
     dense_bytes = sum(tensor.num_bytes for tensor in dense)
     adapted = {} if config is None else _adapted(shape, assignment, config, by_group=by_group)
-    adapters = _ADAPTER_BYTES * sum(adapted.values())
-    trained = dense_bytes if config is None else adapters
-    num_tensors = len({tensor.name for tensor in dense}) if config is None else 2 * len(adapted)
+    adapters = _ADAPTER_BYTES * sum(map(sum, adapted.values()))
+    if config is None:
+        trained = _whole(dense)
+    else:
+        trained = [(size, _ADAPTER_BYTES * size) for sizes in adapted.values() for size in sizes]
     return MemoryLedger(
         weights=dense_bytes + codes,
         scales=scales,
         adapters=adapters,
-        gradients=trained,
-        optimizer=_STATES * trained + _STEP_BYTES * num_tensors,
+        gradients=dense_bytes if config is None else adapters,
+        optimizer=_optimizer_bytes(trained, optimizer),
         activations=_activations(shape, adapted, 0 if config is None else config.rank, batch),
     )
 
 
 def measure_memory(model: nn.Module, optimizer: Optimizer | None = None, *, activations: int = 0) -> MemoryLedger:
-    """Count the bytes of a live model and its optimizer: after a step, all of them are there.
+    """Count the bytes of a live model and its optimizer: after a step, all of them are there. Of shards, one's own.
 
     Args:
         model: with or without adapters.
@@ -136,11 +147,11 @@ def measure_memory(model: nn.Module, optimizer: Optimizer | None = None, *, acti
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+            gradients += 0 if parameter.grad is None else share_of(parameter.grad).nbytes
             if isinstance(module, Adapter):
-                adapters += parameter.nbytes
+                adapters += share_of(parameter).nbytes
             else:
-                weights += parameter.nbytes
+                weights += share_of(parameter).nbytes
         if isinstance(module, QuantizedLinear):
             for leaf, tensor in module.stored().items():
                 if leaf == _CODES:
@@ -148,12 +159,15 @@ def measure_memory(model: nn.Module, optimizer: Optimizer | None = None, *, acti
                 else:
                     scales += tensor.nbytes
     states = [] if optimizer is None else list(optimizer.state.values())
+    # By memory: all tensors share the tables of 8-bit states.
+    tensors = [share_of(each) for state in states for each in state.values() if isinstance(each, Tensor)]
+    kept = {each.data_ptr(): each.nbytes for each in tensors}
     return MemoryLedger(
         weights=weights,
         scales=scales,
         adapters=adapters,
         gradients=gradients,
-        optimizer=sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor)),
+        optimizer=sum(kept.values()),
         activations=activations,
     )
 
@@ -178,21 +192,44 @@ def measure_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 def _adapted(
     shape: ModelShape, assignment: Mapping[str, Scheme | None], config: LoraConfig, *, by_group: bool
-) -> dict[str, int]:
-    """Numbers in the adapter of every site that gets one. Slices of a 3-D parameter are no layers, and get none."""
-    sizes: dict[str, int] = {}
+) -> dict[str, tuple[int, int]]:
+    """Numbers in A and in B of the adapter of every site that gets one; slices of a 3-D parameter are no layers."""
+    sizes: dict[str, tuple[int, int]] = {}
     for site in shape.sites:
-        is_layer = site.kind != "router" and site.index is None and not site.transposed
+        is_layer = site.kind != "router" and site.index is None
         if is_layer and any(matches(pattern, site.name) for pattern in config.targets):
             scheme = assignment.get(site.name)
             inputs = site.in_features
             if by_group and scheme is not None:
                 inputs = scheme.weights.granularity.num_groups(site.in_features)
-            sizes[site.name] = config.rank * (inputs + site.out_features)
+            sizes[site.name] = config.rank * inputs, config.rank * site.out_features
     return sizes
 
 
-def _activations(shape: ModelShape, adapted: Mapping[str, int], rank: int, batch: Batch) -> int:
+def _whole(tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
+    """Numbers and bytes of every parameter; a 3-D one comes as slices under one name."""
+    found: dict[str, tuple[int, int]] = {}
+    for tensor in tensors:
+        numbers, num_bytes = found.get(tensor.name, (0, 0))
+        found[tensor.name] = numbers + math.prod(tensor.shape), num_bytes + tensor.num_bytes
+    return list(found.values())
+
+
+def _optimizer_bytes(trained: Iterable[tuple[int, int]], optimizer: str) -> int:
+    """Bytes of states, from the numbers and the bytes of every trained tensor."""
+    if optimizer != ADAMW_8BIT:
+        return sum(_STATES * num_bytes + _STEP_BYTES for _, num_bytes in trained)
+    total, tables = 0, 0
+    for numbers, _ in trained:
+        if numbers < _SMALLEST:
+            total += _STATES * torch.float32.itemsize * numbers
+        else:
+            total += _STATES * (numbers + torch.float32.itemsize * math.ceil(numbers / _STATE_BLOCK))
+            tables = _STATES * _TABLE_BYTES
+    return total + tables
+
+
+def _activations(shape: ModelShape, adapted: Mapping[str, object], rank: int, batch: Batch) -> int:
     itemsize, tokens = shape.dtype.itemsize, batch.num_tokens
     blocks = [_block_activations(shape, name, adapted, rank) for name in shape.block_names]
     logits = tokens * shape.vocab_size * (itemsize + 2 * torch.float32.itemsize)
@@ -202,7 +239,7 @@ def _activations(shape: ModelShape, adapted: Mapping[str, int], rank: int, batch
     return round(tokens * (inputs + max(blocks))) + logits
 
 
-def _block_activations(shape: ModelShape, block: str, adapted: Mapping[str, int], rank: int) -> float:
+def _block_activations(shape: ModelShape, block: str, adapted: Mapping[str, object], rank: int) -> float:
     """Bytes per token that one block keeps."""
     itemsize = shape.dtype.itemsize
     total: float = 4 * shape.hidden_size * itemsize

@@ -46,7 +46,7 @@ def onto_base(model: nn.Module, original: StreamedModel) -> dict[str, Tensor]:
         else:
             continue
         if adapter is not None and not isinstance(adapter, GroupLoraLinear):  # folded ones are in the weight
-            weight = weight + adapter.delta().float()
+            weight = weight + adapter.as_stored(adapter.delta().float())
         values[f"{name}.weight"] = weight.to("cpu", original.skeleton.stored_dtype(f"{name}.weight"))
     return values
 
@@ -67,7 +67,8 @@ def onto_original(model: nn.Module, original: StreamedModel) -> dict[str, Tensor
     for prefix, held in [*places, ("", original.outside())]:
         with held:
             for name in [each for each in left if each.startswith(prefix)]:
-                delta, parameter = left.pop(name).delta().float().cpu(), f"{name}.weight"
+                adapter, parameter = left.pop(name), f"{name}.weight"
+                delta = adapter.as_stored(adapter.delta().float()).cpu()
                 weight = original.skeleton.model.get_parameter(parameter) + delta
                 values[parameter] = weight.to(original.skeleton.stored_dtype(parameter))
     return values

@@ -1,18 +1,16 @@
-"""How long and how fast to train, and towards what."""
+"""How long and how fast to train. Needs no torch, so that the command line can say what the defaults are."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
-
-from torch import Tensor, nn
 
 from bitwright.errors import RecipeError
 
 Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 Precision = Literal["float32", "bfloat16"]
-Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, token ids [B, T], which windows they are [B]) -> the loss [], a mean over predicted tokens."""
+Optimizer = Literal["adamw", "adamw8bit"]
+ADAMW_8BIT = "adamw8bit"
+OPTIMIZERS = ("adamw", ADAMW_8BIT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +21,7 @@ class TrainingOptions:
         steps: optimizer steps.
         batch: windows per step and process, `accumulation` times.
         accumulation: batches whose gradients are summed for one step.
+        optimizer: adamw, or adamw8bit of bitsandbytes: states in 8 bit, with a scale for every 256 of them.
         learning_rate: the highest of the schedule.
         warmup: fraction of the steps over which the rate rises.
         weight_decay: of AdamW.
@@ -37,6 +36,7 @@ class TrainingOptions:
     steps: int = 200
     batch: int = 8
     accumulation: int = 1
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-4
     schedule: Schedule = "cosine"
     warmup: float = 0.05
@@ -49,6 +49,7 @@ class TrainingOptions:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        _check(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS))
         for name in ("steps", "batch", "accumulation", "save_every"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         rate = self.learning_rate
@@ -61,3 +62,9 @@ class TrainingOptions:
 def _check(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise RecipeError(f"{name} must be {wanted}, got {value!r}.")
+
+
+FOR_ADAPTERS = TrainingOptions(steps=200, learning_rate=5e-4)
+"""Adapters start at nothing and bear more than the weights themselves."""
+FOR_QAT = TrainingOptions(steps=300, learning_rate=1e-3)
+FOR_DISTILLATION = TrainingOptions(steps=300, learning_rate=1e-4)

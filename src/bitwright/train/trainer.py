@@ -13,14 +13,19 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from bitwright.errors import CheckpointError, TrainingDiverged
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.progress import Progress
 from bitwright.records import append_jsonl
-from bitwright.train.options import Objective, TrainingOptions
+from bitwright.train.objective import Objective
+from bitwright.train.options import ADAMW_8BIT, TrainingOptions
+from bitwright.train.processes import Processes
+from bitwright.train.sharding import load_optimizer_state, optimizer_state, put, whole
 
 TRAINABLE = "trainable.safetensors"
 STATE = "trainer_state.json"
@@ -37,17 +42,17 @@ class Loop:
     objective: Objective
     rate: Callable[[str], float]
     after_step: Callable[[int], None]
-    wrapped: Callable[[nn.Module], None]
+    processes: Processes
     measure: Callable[[nn.Module, Any], None]
     progress: Progress
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, processes: Processes) -> Path | None:
     """The newest complete checkpoint of a training; None where there is none."""
     found = [
         path
         for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if (path / TRAINABLE).is_file() and _is_json(path / STATE)
+        if (path / TRAINABLE).is_file() and _is_json(path / STATE) and processes.have_saved(path)
     ]
     return max(found, key=step_of, default=None)
 
@@ -78,7 +83,7 @@ class Recorder(TrainerCallback):
             return
         loss = float(logs["loss"])
         if not (math.isfinite(loss) and math.isfinite(float(logs.get("grad_norm", 0.0)))):
-            kept = last_checkpoint(self.loop.folder)
+            kept = last_checkpoint(self.loop.folder, self.loop.processes)
             rest = "No checkpoint had been made." if kept is None else f"The last good checkpoint is {kept}."
             raise TrainingDiverged(
                 f"step {state.global_step}: the loss or its gradient is not finite. {rest} Use a lower learning rate."
@@ -117,7 +122,11 @@ class Engine(Trainer):
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the objective is a mean: the Trainer divides by `accumulation`
-        self.loop, self.is_wrapped = loop, False
+        self.options, self.loop, self.is_wrapped = options, loop, False
+        self.restored: Path | None = None
+        # So that the Trainer wraps nothing around a model that is sharded. To say so before would forbid checkpoints,
+        # since its own do not hold the states of a sharded optimizer; these do.
+        self.is_distributed_loading_by_transformers = loop.processes.shard
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW, with a group for every learning rate; only matrices decay."""
@@ -126,26 +135,56 @@ class Engine(Trainer):
             if parameter.requires_grad:
                 decay = self.args.weight_decay if parameter.ndim > 1 else 0.0
                 groups.setdefault((self.loop.rate(name.removeprefix("module.")), decay), []).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            {"params": found, "lr": self.args.learning_rate * factor, "weight_decay": decay}
-            for (factor, decay), found in groups.items()
+        self.optimizer = optimizer_class(self.options.optimizer)(
+            [
+                {"params": found, "lr": self.args.learning_rate * factor, "weight_decay": decay}
+                for (factor, decay), found in groups.items()
+            ]
         )
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         """The objective."""
         if not self.is_wrapped:
-            self.loop.wrapped(model)
+            self.loop.processes.wrapped(model, self.restored)
             self.is_wrapped = True
         return self.loop.objective(model, inputs["input_ids"].long(), inputs["index"])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
-        if not self.args.should_save:  # the Trainer asks every process
-            return
         target = Path(output_dir or self.args.output_dir or ".")
         target.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loop.state.items()}
-        save_tensors_atomic(target / TRAINABLE, tensors)
+        self.loop.processes.save(target)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.loop.state.items():
+            found = whole(tensor.detach())  # of shards by all processes, whom the Trainer all asks
+            if self.args.should_save:
+                tensors[name] = found.cpu().contiguous()
+        if self.args.should_save:
+            save_tensors_atomic(target / TRAINABLE, tensors)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.loop.processes.shard:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = optimizer_state(cast(nn.Module, self.model), self._own_optimizer())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.loop.processes.shard or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        load_optimizer_state(cast(nn.Module, self.model), self._own_optimizer(), state)
+        cast(Any, self.lr_scheduler).load_state_dict(schedule)
+
+    def _own_optimizer(self) -> Optimizer:
+        """Ours, inside accelerate's."""
+        return cast(Any, self.optimizer).optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         self.restore(Path(resume_from_checkpoint))
@@ -164,7 +203,17 @@ class Engine(Trainer):
             for name, tensor in found.items():
                 if tensor.shape != state[name].shape:
                     raise CheckpointError(f"{file}: {name} is {list(tensor.shape)}, not {list(state[name].shape)}.")
-                state[name].copy_(tensor)
+                put(state[name], tensor)
+        self.restored = checkpoint
+
+
+def optimizer_class(name: str) -> Callable[..., Optimizer]:
+    """Return AdamW, or that of bitsandbytes with states in 8 bit."""
+    if name == ADAMW_8BIT:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit
+    return torch.optim.AdamW
 
 
 def _arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
