@@ -34,7 +34,7 @@ from bitwright.search.cost import Workload, memory
 
 ROOT = Path(__file__).resolve().parents[1]
 MENU = ("W3A16-g128", "W4A16-g128", "W8A16-channel")
-NUM_WINDOWS, SEQLEN = 2, 64
+NUM_WINDOWS, SEQLEN = 1, 16
 NEVER_FAILS = 1e6
 """Gate on the KL divergence in nats per token: what a random model loses means nothing."""
 ALLOWED_FILES, ALLOWED_MEMORY = 0.01, 0.10
@@ -67,7 +67,7 @@ def compare(model: Path, budget: Budget, folder: Path) -> Row:
     calibration = Calibration(seqlen=SEQLEN)
     base = Recipe(method="rtn", range_method="minmax", layout="bitwright", calibration=calibration, max_kl=NEVER_FAILS)
     search, found = find(model, base, budget, folder)
-    run = quantize(model, found.recipe(base), folder / "run").run
+    run = quantize(model, found.recipe(base), folder / "run", dtype="bfloat16").run
     said = memory(search.shape, search.assignment(found.schemes), budget.work, budget.hardware)
     return {
         "schemes": dict(found.schemes),
@@ -86,7 +86,7 @@ def find(model: Path, base: Recipe, budget: Budget, folder: Path) -> tuple[Searc
     """The mix for the budget."""
     opened = open_model(model, device="cpu", dtype="float32", trust_remote_code=False)
     tokens = text_sample(opened, "stdlib", SEQLEN, num_samples=NUM_WINDOWS, seed=0, trust_remote_code=False)
-    search = Search(opened, tokens, base, budget, folder / "search", schemes=MENU, num_windows=NUM_WINDOWS)
+    search = Search(opened, tokens, base, budget, folder / "search", schemes=MENU, fuse=False, num_windows=NUM_WINDOWS)
     return search, search.run(rounds=0)
 
 

@@ -77,6 +77,12 @@ def test_the_fewest_bits_of_a_kind_are_kept(make: Make) -> None:
         make(average_bits=3.5, min_bits={"*.nothing": 4})
 
 
+def test_the_default_menu_has_tables_only_where_sites_choose_alone(make: Make) -> None:
+    fused, alone = make(average_bits=5.0, schemes=()), make(average_bits=5.0, schemes=(), fuse=False)
+    assert set(fused.menu) < set(alone.menu)
+    assert all(scheme.startswith("W") for scheme in fused.menu)
+
+
 def test_a_loss_that_is_allowed_is_kept_and_the_smallest_mix_is_taken(make: Make) -> None:
     loose, strict = make(max_kl=0.05).run(rounds=0), make(max_kl=0.001).run(rounds=0)
     assert loose.measured_loss <= 0.05
