@@ -95,7 +95,7 @@ def bounds_of(bench: Bench, engine: str) -> list[Row]:
     alike = {name: [choice_of(item, name) for item in every] for name in uniform}
     found: list[Row] = []
     for bits in AVERAGE_BITS:
-        fitting = [name for name in uniform if 8 * total(alike[name], "size_bytes") / weights <= bits]
+        fitting = [name for name in uniform if bits_per_weight(search, name) <= bits]
         best = min(fitting, key=lambda name: total(alike[name], "loss"))
         least = allocate(items, limits=Limits(max_size_bytes=bits * weights / 8)).loss
         found.append({"engine": engine, "bits": bits, "uniform": best, "share": least / total(alike[best], "loss")})
@@ -108,6 +108,18 @@ def bounds_of(bench: Bench, engine: str) -> list[Row]:
         "saved_bits": filled.saved_bits,
     })  # fmt: skip
     return found
+
+
+def bits_per_weight(search: Search, name: str) -> float:
+    """Of a uniform scheme, as results of runs count it: without the few bytes that say a weight's shape."""
+    real = search.assignment(dict.fromkeys((site.name for site in search.sites), name))
+    bits = weights = 0
+    for site in search.sites:
+        scheme, float_bits = real[site.name], 8 * search.shape.site_dtypes[site.name].itemsize
+        assert scheme is not None
+        bits += scheme.weights.num_bits(site.out_features, site.in_features, float_bits=float_bits)
+        weights += site.out_features * site.in_features
+    return bits / weights
 
 
 def choice_of(item: Item, scheme: str) -> Choice:
