@@ -4,75 +4,80 @@
         [--seqlen 256] [--windows 64] [--rounds 20] [--method gptq] [--work FOLDER]
 
 Every uniform scheme and every mix becomes a run of its own, and divergences are measured on text that nothing was
-calibrated on. A mix is compared with the best uniform scheme within its budget. Finished runs are not repeated.
+calibrated on. A mix is compared with the best uniform scheme within its budget, and with the optimum that the scores
+promise. Mixes for vllm have schemes that it may load, and fused products share one; for transformers every site chooses
+alone, and tables are in the menu. Finished runs are not repeated.
 Writes benchmarks/results/search_<name>_<machine>_<date>.json and .md.
 """
 
-import argparse
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from result_files import write_results
+from search_bounds import (
+    AVERAGE_BITS,
+    EIGHT_BIT,
+    ENGINES,
+    HALF,
+    SMALLER,
+    Bench,
+    Row,
+    bound_lines,
+    bounds,
+    parser_of,
+    uniform_schemes,
+)
 
 from bitwright.budget import Budget
-from bitwright.demo import demo_model
-from bitwright.mixture import Search
 from bitwright.pipeline import evaluate, quantize
-from bitwright.preparation import open_model, text_sample
-from bitwright.recipe import Calibration, Recipe
+from bitwright.recipe import Recipe
 from bitwright.schemes import Scheme
 
-ROOT = Path(__file__).resolve().parents[1]
-UNIFORM = ("W3A16-g128", "W3A16-g32", "W4A16-g128", "W4A16-g32", "W5A16-g128", "W6A16-g128", "W8A16-channel")
-AVERAGE_BITS = (3.25, 4.5, 5.0)
-EIGHT_BIT = "W8A16-channel"
-
-Row = dict[str, Any]
+EIGHT_BIT_MIX = "mix-8-bit-kl"
 
 
-def measure(args: argparse.Namespace, name: str, recipe: Recipe, work: Path) -> Row:
-    """Quantize one recipe and judge it."""
-    result = quantize(args.model, recipe, work / name)
-    score, _ = evaluate(
-        str(work / name), args.text, reference=str(args.model), seqlen=args.seqlen, max_windows=args.windows
-    )
-    kept = ("bits_per_weight", "size_bytes")
-    return {
-        "name": name, **{key: result.results[key] for key in kept}, "kl_mean": score.kl_mean,
-        "kl_stderr": score.kl_stderr, "perplexity": score.perplexity,
-    }  # fmt: skip
+class MeasuringBench(Bench):
+    """Quantizes and judges besides."""
+
+    def measure(self, name: str, recipe: Recipe) -> Row:
+        """Quantize by one recipe and judge the result."""
+        args = self.args
+        result = quantize(args.model, recipe, self.work / name)
+        score, _ = evaluate(
+            str(self.work / name), args.text, reference=str(args.model), seqlen=args.seqlen, max_windows=args.windows
+        )
+        kept = ("bits_per_weight", "size_bytes")
+        return {
+            "name": name, **{key: result.results[key] for key in kept}, "kl_mean": score.kl_mean,
+            "kl_stderr": score.kl_stderr, "perplexity": score.perplexity,
+        }  # fmt: skip
+
+    def mix(self, name: str, budget: Budget, engine: str) -> Row:
+        """Search a mix, quantize and judge it."""
+        start = time.perf_counter()
+        found = self.search(budget, engine).run(rounds=self.args.rounds)
+        said = {
+            "engine": engine, "asked_bits": budget.average_bits, "predicted_loss": found.predicted_loss,
+            "start_loss": found.start_loss, "polished_loss": found.measured_loss,
+            "search_seconds": time.perf_counter() - start, "schemes": dict(Counter(found.schemes.values())),
+        }  # fmt: skip
+        return {**self.measure(name, found.recipe(self.base)), **said}
 
 
-def find(args: argparse.Namespace, budget: Budget, base: Recipe, work: Path) -> tuple[Recipe, Row]:
-    """Search a mix; its recipe, and what the search said of it."""
-    model = open_model(args.model, device="cpu", dtype="float32", trust_remote_code=False)
-    tokens = text_sample(
-        model, args.calibration, args.seqlen, num_samples=args.samples, seed=0, trust_remote_code=False
-    )
-    start = time.perf_counter()
-    found = Search(model, tokens, base, budget, work / "search").run(rounds=args.rounds)
-    return found.recipe(base), {
-        "predicted_loss": found.predicted_loss, "start_loss": found.start_loss, "polished_loss": found.measured_loss,
-        "search_seconds": time.perf_counter() - start,
-    }  # fmt: skip
-
-
-def run(args: argparse.Namespace, work: Path) -> list[Row]:
+def run(bench: MeasuringBench) -> list[Row]:
     """All rows, uniform ones first."""
-    calibration = Calibration(text=args.calibration, num_samples=args.samples, seqlen=args.seqlen)
-    base = Recipe(method=args.method, calibration=calibration)
-    rows = [
-        measure(args, scheme, Recipe(scheme=Scheme.parse(scheme), method=args.method, calibration=calibration), work)
-        for scheme in UNIFORM
-    ]
+    schemes = uniform_schemes(bench)
+    rows = [bench.measure(each, replace(bench.base, scheme=Scheme.parse(each))) for each in schemes]
     eight = next(row for row in rows if row["name"] == EIGHT_BIT)
-    budgets = {f"mix-{bits:g}-bits": Budget(average_bits=bits) for bits in AVERAGE_BITS}
-    budgets["mix-8-bit-kl"] = Budget(max_kl=eight["kl_mean"])
-    for name, budget in budgets.items():
-        recipe, said = find(args, budget, base, work)
-        rows.append({**measure(args, name, recipe, work), **said, "asked_bits": budget.average_bits})
+    asked = [
+        (f"mix-{bits:g}-bits-{engine}", Budget(average_bits=bits), engine)
+        for engine in ENGINES for bits in AVERAGE_BITS
+    ]  # fmt: skip
+    for name, budget, engine in (*asked, (EIGHT_BIT_MIX, Budget(max_kl=eight["kl_mean"]), "vllm")):
+        rows.append(bench.mix(name, budget, engine))
         print(rows[-1], flush=True)
     return rows
 
@@ -83,12 +88,12 @@ def answers(rows: Sequence[Row]) -> list[str]:
     eight = next(row for row in uniform if row["name"] == EIGHT_BIT)
     found: list[str] = []
     for mix in (row for row in rows if row["name"].startswith("mix")):
-        if mix["name"] == "mix-8-bit-kl":
+        if mix["name"] == EIGHT_BIT_MIX:
             smaller = 1 - mix["size_bytes"] / eight["size_bytes"]
-            verdict = "" if smaller >= 0.3 and mix["kl_mean"] <= eight["kl_mean"] else " NOT REACHED"
+            verdict = "" if smaller >= SMALLER and mix["kl_mean"] <= eight["kl_mean"] else " NOT REACHED"
             found.append(
                 f"at the KL of {EIGHT_BIT} ({eight['kl_mean']:.2g}): KL {mix['kl_mean']:.2g}, {100 * smaller:.0f} % "
-                f"smaller files (asked: 30 %).{verdict}"
+                f"smaller files (asked: {100 * SMALLER:.0f} %).{verdict}"
             )
             continue
         best = min(
@@ -98,15 +103,15 @@ def answers(rows: Sequence[Row]) -> list[str]:
         share = mix["kl_mean"] / best["kl_mean"]
         found.append(
             f"{mix['name']}: {share:.2f} of the KL of {best['name']}, the best uniform scheme within its budget "
-            f"(asked: 0.50).{'' if share <= 0.5 else ' NOT REACHED'} The polish took the rounded mix from "
+            f"(asked: {HALF:.2f}).{'' if share <= HALF else ' NOT REACHED'} The polish took the rounded mix from "
             f"{mix['start_loss']:.4g} to {mix['polished_loss']:.4g} nats."
         )
     return found
 
 
-def page(circumstances: Row, rows: Sequence[Row]) -> str:
+def page(circumstances: Row, everything: Sequence[Row]) -> str:
     """The page as Markdown."""
-    c = circumstances
+    c, rows = circumstances, [row for row in everything if "name" in row]
     lines = [
         f"# Searched mixes on {c['name']}, {c['date']}",
         "",
@@ -124,30 +129,23 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         f"{row['kl_stderr']:.6f} | {row['perplexity']:.3f} |"
         for row in sorted(rows, key=lambda row: row["size_bytes"])
     ]
+    lines += ["", *bound_lines([row for row in everything if "name" not in row])]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--model", type=Path, default=demo_model())
-    parser.add_argument("--calibration", default="stdlib")
+    parser = parser_of(__doc__)
     parser.add_argument("--text", default="stdlib:heldout")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--method", default="gptq")
-    parser.add_argument("--work", type=Path)
     args = parser.parse_args()
-    work = args.work or ROOT / "build" / f"search-{args.name}"
-    rows = run(args, work)
+    bench = MeasuringBench(args=args)
     circumstances = {
         "name": args.name, "calibration": Path(args.calibration).name, "text": Path(args.text).name,
         "samples": args.samples, "seqlen": args.seqlen, "windows": args.windows, "rounds": args.rounds,
         "method": args.method,
     }  # fmt: skip
-    write_results("search", circumstances, rows, page)
+    write_results("search", circumstances, [*run(bench), *bounds(bench)], page)
 
 
 if __name__ == "__main__":

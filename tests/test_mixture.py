@@ -78,6 +78,12 @@ def test_the_fewest_bits_of_a_kind_are_kept(make: Make) -> None:
         make(average_bits=3.5, min_bits={"*.nothing": 4})
 
 
+def test_the_default_menu_has_tables_only_where_sites_choose_alone(make: Make) -> None:
+    fused, alone = make(average_bits=5.0, schemes=()), make(average_bits=5.0, schemes=(), fuse=False)
+    assert set(fused.menu) < set(alone.menu)
+    assert all(scheme.startswith("W") for scheme in fused.menu)
+
+
 def test_a_loss_that_is_allowed_is_kept_and_the_smallest_mix_is_taken(make: Make) -> None:
     loose, strict = make(max_kl=0.05).run(rounds=0), make(max_kl=0.001).run(rounds=0)
     assert loose.measured_loss <= 0.05
@@ -128,6 +134,27 @@ def test_repair_climbs_until_the_gate_holds(make: Make, recipe: Recipe, tiny_lla
     records = read_jsonl(tmp_path / "c" / "run" / "5-records.jsonl")
     assert [record["site"] for record in records if record["kind"] == "repair"] == [step.site for step in done.steps]
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["run"]
+    again = apply(search, coarse, coarse.recipe(recipe), tmp_path / "c", must_not_quantize, repair=True)
+    assert again.was_finished
+    assert not done.was_finished
+    assert replace(again, was_finished=False) == done
+    assert read_jsonl(tmp_path / "c" / "run" / "5-records.jsonl") == records
+
+
+def must_not_quantize(recipe: Recipe, folder: Path) -> QuantizeResult:
+    raise AssertionError(f"{folder} was quantized anew")
+
+
+def test_another_mix_is_quantized_anew(make: Make, recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    search = make(recipe, average_bits=6.0)
+    fine = search.run(rounds=0)
+    coarse = replace(fine, schemes=dict.fromkeys((site.name for site in search.sites), "W2A16-g32"))
+    for found in (coarse, fine):
+        done = apply(search, found, found.recipe(recipe), tmp_path / "out", quantizer(tiny_llama_dir), repair=False)
+        assert not done.was_finished
+        assert resolve(Recipe.from_mapping(_recipe_of(done.result.run)), search.sites).sites == (
+            resolve(found.recipe(recipe), search.sites).sites
+        )
 
 
 def test_repair_stops_where_the_budget_has_no_room(

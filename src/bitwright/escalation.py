@@ -11,22 +11,26 @@ in 16 bit. They climb one rung, and the model is quantized again:
     16 bit
 
 A rung that the budget has no room for is left out. Every step is a record of the final run, and so in its report. All
-rounds are runs of their own until one is chosen, so that a killed command goes on where it stopped.
+rounds are runs of their own until one is chosen, so that a killed command goes on where it stopped, and a finished one
+is seen to be finished: the record of the search in the chosen run says what was asked.
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bitwright.data.windows import hash_tokens
 from bitwright.errors import ShapeError
 from bitwright.methods.low_rank import LOW_RANK
 from bitwright.mixture import Found, Measure, Search
 from bitwright.model.layouts import own
 from bitwright.pipeline import QuantizeResult
 from bitwright.recipe import Recipe, Rule
-from bitwright.records import append_jsonl
+from bitwright.records import append_jsonl, read_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
 
@@ -35,6 +39,10 @@ GROUP_SIZES = (128, 64, 32)
 SHARE_PER_ROUND = 0.1
 """Of the items: so many climb before the model is quantized again."""
 MAX_ROUNDS = 8
+CHOSEN = "run"
+"""Folder of the run that is left in the end."""
+SEARCH, REPAIR = "search", "repair"
+"""Kinds of records."""
 
 Quantize = Callable[[Recipe, Path], QuantizeResult]
 
@@ -77,7 +85,13 @@ class Step:
     def to_record(self) -> dict[str, Any]:
         """The record, with the names that a report reads."""
         entry = asdict(self)
-        return {"kind": "repair", "from": entry.pop("before"), "to": entry.pop("after"), **entry}
+        return {"kind": REPAIR, "from": entry.pop("before"), "to": entry.pop("after"), **entry}
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> "Step":
+        """Rebuild what `to_record` returned."""
+        entry = {key: value for key, value in record.items() if key not in ("kind", "from", "to", "sites")}
+        return Step(before=record["from"], after=record["to"], sites=tuple(record["sites"]), **entry)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,15 +100,17 @@ class Applied:
 
     Attributes:
         failure: why the budget on quality does not hold although nothing is left to do; None if it holds.
+        was_finished: an earlier call had done all of it.
     """
 
     result: QuantizeResult
     steps: tuple[Step, ...]
     failure: str | None
+    was_finished: bool = False
 
 
 def apply(search: Search, found: Found, recipe: Recipe, folder: Path, quantize: Quantize, *, repair: bool) -> Applied:
-    """Quantize what a search found into `folder`/run, and mend it.
+    """Quantize what a search found into `folder`/run, and mend it; the same call again returns what it finds there.
 
     Args:
         search: that found it.
@@ -106,6 +122,10 @@ def apply(search: Search, found: Found, recipe: Recipe, folder: Path, quantize: 
     Raises:
         BitwrightError: whatever `quantize` raises.
     """
+    asked = _identity(search, found, recipe, repair=repair)
+    finished = _finished(search, folder, asked)
+    if finished is not None:
+        return finished
     everywhere = LOW_RANK in recipe.repairs
     rungs = {
         site: Rung(scheme=scheme, method=recipe.method, low_rank=everywhere) for site, scheme in found.schemes.items()
@@ -129,21 +149,61 @@ def apply(search: Search, found: Found, recipe: Recipe, folder: Path, quantize: 
                     for sites, before, after, loss in climbed
                 ]  # fmt: skip
                 result = better
-    return _finish(search, found, folder, result, steps)
+    summary = {"kind": SEARCH, "asked": asked, "budget": _described(search), **asdict(found)}
+    _finish(search, summary, folder, result.run, steps)
+    done = replace(result, run=folder / CHOSEN)
+    return Applied(result=done, steps=tuple(steps), failure=_failure(search, done))
 
 
-def _finish(search: Search, found: Found, folder: Path, result: QuantizeResult, steps: Sequence[Step]) -> Applied:
-    """Put the chosen run in its place, remove the others, and add the records of the search."""
-    run = folder / "run"
+def _identity(search: Search, found: Found, recipe: Recipe, *, repair: bool) -> str:
+    """A hash of all that decides what becomes of a search."""
+    model = search.model
+    parts = {
+        "model": model.skeleton.checkpoint.audit(), "calibration": hash_tokens(search.calibration),
+        "device": model.device.type, "dtype": str(model.dtype), "schemes": dict(found.schemes), "menu": search.menu,
+        "recipe": recipe.to_mapping(), "budget": _described(search), "repair": repair,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(search: Search, folder: Path, asked: str) -> Applied | None:
+    """What an earlier call for the same left; None where there is nothing, or something else."""
+    run = RunDirectory(folder / CHOSEN)
+    if not run.is_complete:
+        return None
+    records = read_jsonl(run.records)
+    if not _are_of(records, asked):
+        return None
+    _remove_rounds(folder)
+    info = run.info
+    assert info is not None
+    result = QuantizeResult(run=run.path, results=info["results"], failure=info["failure"], resumed_blocks=0)
+    steps = tuple(Step.from_record(record) for record in records if record["kind"] == REPAIR)
+    return Applied(result=result, steps=steps, failure=_failure(search, result), was_finished=True)
+
+
+def _are_of(records: Sequence[Mapping[str, Any]], asked: str) -> bool:
+    return any(record["kind"] == SEARCH and record.get("asked") == asked for record in records)
+
+
+def _finish(search: Search, summary: Mapping[str, Any], folder: Path, best: Path, steps: Sequence[Step]) -> None:
+    """Add the records of the search to the chosen run, put it in its place, and remove the others.
+
+    The run takes its place when all is written, so that one in its place is finished.
+    """
+    records = RunDirectory(best).records
+    if not _are_of(read_jsonl(records), summary["asked"]):
+        append_jsonl(records, *_sensitivities(search), *(step.to_record() for step in steps), summary)
+    run = folder / CHOSEN
     if run.exists():
         shutil.rmtree(run)
-    result.run.rename(run)
+    best.rename(run)
+    _remove_rounds(folder)
+
+
+def _remove_rounds(folder: Path) -> None:
     for other in folder.glob("round-*"):
         shutil.rmtree(other)
-    summary = {"kind": "search", "budget": _described(search), **asdict(found)}
-    append_jsonl(RunDirectory(run).records, summary, *_sensitivities(search), *(step.to_record() for step in steps))
-    failure = None if _gap(search, result) <= 1 else _lost_too_much(search, result)
-    return Applied(result=replace(result, run=run), steps=tuple(steps), failure=failure)
 
 
 def _sensitivities(search: Search) -> list[dict[str, Any]]:
@@ -165,6 +225,10 @@ def _gap(search: Search, result: QuantizeResult) -> float:
     if budget.max_ppl_increase is not None:
         shares.append((lost["perplexity"] / lost["reference_perplexity"] - 1) / budget.max_ppl_increase)
     return max(shares)
+
+
+def _failure(search: Search, result: QuantizeResult) -> str | None:
+    return None if _gap(search, result) <= 1 else _lost_too_much(search, result)
 
 
 def _lost_too_much(search: Search, result: QuantizeResult) -> str:

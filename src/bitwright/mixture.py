@@ -37,9 +37,10 @@ from bitwright.search.choices import open_bench
 from bitwright.search.cost import memory, resident_bytes, site_latency, speed
 from bitwright.search.frontier import frontier
 from bitwright.search.fused import fused_sets
+from bitwright.search.menus import default_menu
 from bitwright.search.model_shape import ModelShape, shape_of_model
 from bitwright.search.polish import polish
-from bitwright.search.sensitivity import MENUS, Sensitivity, measure_sensitivity
+from bitwright.search.sensitivity import Sensitivity, measure_sensitivity
 from bitwright.search.stored_size import exported_bytes, site_bytes
 
 SCORE = "window_gradient"
@@ -108,9 +109,9 @@ class Search:
         recipe: its ignore patterns and rules are constraints: what they keep or fix stays so.
         budget: the limits.
         folder: scores and measured divergences are kept here, so that the same search resumes.
-        schemes: the menu; that of the sensitivity unless given. 16 bit is always among the choices.
+        schemes: the menu; those of `search.menus` that fit the model unless given. 16 bit is always among the choices.
         min_bits: site pattern -> the fewest bits of a code that its sites may have.
-        fuse: sites that vLLM runs as one product share a scheme.
+        fuse: sites that vLLM runs as one product share a scheme, and the default menu holds what it may load.
         score: which sensitivity is summed.
         num_windows: on how many windows divergences are measured.
         progress: called with (what, done, total).
@@ -137,7 +138,8 @@ class Search:
         self.sites = tuple(site for site in model_sites(model) if site.kind in QUANTIZABLE_KINDS)
         everywhere = [site.name for site in self.sites] if LOW_RANK in recipe.repairs else []
         self.shape = self._with_addends(shape_of_model(model), everywhere)
-        self.menu = tuple(str(Scheme.parse(name)) for name in schemes or MENUS["weights"])
+        offered = schemes or default_menu(self.sites, recipe.ragged, tables=not fuse)
+        self.menu = tuple(str(Scheme.parse(name)) for name in offered)
         self.allowed = _allowed(self.sites, self.menu, recipe, min_bits or {})
         fixed = {name for options in self.allowed.values() for name in options if name is not None}
         self.menu = (*self.menu, *sorted(fixed - set(self.menu)))
@@ -153,11 +155,7 @@ class Search:
         Raises:
             RecipeError: no mix keeps the budget; says which limit is to blame and what can be reached.
         """
-        self.sensitivity = measure_sensitivity(
-            self.model, self.sites, self.calibration, score=self.score, folder=self.folder / "scores",
-            schemes=[Scheme.parse(name) for name in self.menu], recipe=self.recipe,
-            num_measured_windows=self.num_windows, progress=self.progress,
-        )  # fmt: skip
+        self.sensitivity = self.scores()
         items = self.items(self.sensitivity)
         with self.measuring() as measure:
             allocation, start = self._corrected(items, measure)
@@ -170,6 +168,14 @@ class Search:
                 progress=self.progress,
             )  # fmt: skip
         return self.found(items, done.allocation, done.measured_loss, start, done.num_measured)
+
+    def scores(self) -> Sensitivity:
+        """What each site loses in each scheme of the menu; those that the folder has are not measured again."""
+        return measure_sensitivity(
+            self.model, self.sites, self.calibration, score=self.score, folder=self.folder / "scores",
+            schemes=[Scheme.parse(name) for name in self.menu], recipe=self.recipe,
+            num_measured_windows=self.num_windows, progress=self.progress,
+        )  # fmt: skip
 
     @contextmanager
     def measuring(self, *, extra: Sequence[str] = ()) -> Generator[Measure, None, None]:
@@ -300,13 +306,14 @@ class Search:
         real = self.assignment(schemes)
         hardware, work = self.budget.hardware, self.budget.work
         step = None if hardware is None else speed(self.shape, real, work, hardware).decode_s
-        others = exported_bytes(self.shape, real) - allocation.size_bytes
+        size = exported_bytes(self.shape, real, layout=self.recipe.layout)
+        others = size - allocation.size_bytes
         return Found(
             schemes=schemes,
             predicted_loss=allocation.loss,
             measured_loss=measured,
             start_loss=start,
-            size_bytes=exported_bytes(self.shape, real),
+            size_bytes=size,
             memory_bytes=memory(self.shape, real, work, hardware).total_bytes,
             average_bits=8 * allocation.size_bytes / self._num_weights,
             tokens_per_s=None if step is None else work.batch / step,

@@ -51,6 +51,12 @@ def test_schemes_without_kernel_cost_what_16_bit_costs(seven: ModelShape, a100: 
     assert memory(seven, three, work, None).weight_bytes < memory(seven, {}, work, None).weight_bytes / 4
 
 
+def test_without_a_device_the_largest_weight_is_decoded_beside_the_packed_ones(seven: ModelShape) -> None:
+    here, there = (memory(seven, {}, Workload(), hardware) for hardware in (None, load_hardware("a100-80gb")))
+    assert here.workspace_bytes - there.workspace_bytes == 4096 * 11008 * (2 + 1)
+    assert (here.weight_bytes, here.cache_bytes) == (there.weight_bytes, there.cache_bytes)
+
+
 def test_what_is_not_published_is_not_computed(seven: ModelShape) -> None:
     found = speed(seven, {}, Workload(), load_hardware("apple-m3-max"))
     assert found.prefill_s is None

@@ -172,6 +172,8 @@ def _frontier_table(found: "Found") -> Table:
 def _show_applied(applied: "Applied") -> None:
     from bitwright.cli.tables import run_table
 
+    if applied.was_finished:
+        show(f"{applied.result.run}: was finished already; nothing was quantized anew")
     show(run_table(applied.result))
     for step in applied.steps:
         show(

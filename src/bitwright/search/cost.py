@@ -83,7 +83,11 @@ class Speed:
 def memory(
     shape: ModelShape, assignment: Mapping[str, Scheme | None], work: Workload, hardware: Hardware | None
 ) -> Memory:
-    """Return what a model needs at the end of the context; without `hardware` every scheme has a kernel."""
+    """Return what a model needs at the end of the context.
+
+    Without `hardware` it runs as `nn.linear` does: weights stay packed, and one at a time is decoded. Room for the
+    largest is counted whatever the assignment, so that what a choice costs remains a sum over sites.
+    """
     weights = sum(tensor.num_bytes for tensor in shape.kept)
     weights += sum(resident_bytes(shape, site, assignment.get(site.name), hardware) for site in shape.sites)
     tokens = min(work.chunk, max(1, work.prompt_tokens)) * work.batch
@@ -92,8 +96,13 @@ def memory(
     return Memory(
         weight_bytes=weights,
         cache_bytes=cache_bytes(shape, work.context, work.batch, work.kv_bits),
-        workspace_bytes=numbers * shape.dtype.itemsize + logits,
+        workspace_bytes=numbers * shape.dtype.itemsize + logits + (_decoded_bytes(shape) if hardware is None else 0),
     )
+
+
+def _decoded_bytes(shape: ModelShape) -> int:
+    """The largest weight while it is multiplied: dense, and its codes, of which each takes a byte."""
+    return max(site.out_features * site.in_features for site in shape.sites) * (shape.dtype.itemsize + 1)
 
 
 def cache_bytes(shape: ModelShape, context: int, batch: int, kv_bits: float) -> int:
