@@ -125,7 +125,8 @@ def unpack_codes(packed: Tensor, format: Format, n: int) -> Tensor:
     """Undo `pack_codes`."""
     if isinstance(format, TernaryFormat):
         return unpack_trits(packed, n)
-    return (unpack(packed, int(format.bits), n).to(torch.int16) + format.min_code).to(format.code_dtype)
+    # Both kinds of codes take a byte and wrap at its end, so that no wider copy is needed.
+    return unpack(packed, int(format.bits), n).view(format.code_dtype).add_(format.min_code)
 
 
 def guard(dtype: torch.dtype) -> Tensor:
