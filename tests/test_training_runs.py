@@ -116,6 +116,17 @@ def test_training_towards_the_original_comes_closer_to_it(
     assert found.results["kl_mean"] < found.results["kl_before"]
 
 
+def test_a_training_that_makes_it_worse_fails_its_gate(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path
+) -> None:
+    recipe = Recipe(scheme=Scheme.parse("W8A16-g16"), method="rtn", max_kl=100.0)
+    task = QatTask(recipe=recipe, text=text, training=options(steps=4, learning_rate=20.0))
+    found = train_quantized(tiny_llama_dir, task, tmp_path / "run")
+    assert found.results["kl_mean"] > found.results["kl_before"]
+    assert found.failure is not None
+    assert "training ended worse than it began" in found.failure
+
+
 def test_a_killed_qat_run_goes_on_to_the_same_codes(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:
     task = qat(text, "W3A16-g16", train_rest=True)
     whole = train_quantized(tiny_llama_dir, task, tmp_path / "whole")

@@ -227,14 +227,13 @@ class _Work:
         self.run.finish(results, failure=info.get("failure") or self._worsening(before, after))
 
     def _worsening(self, before: Score, after: Score) -> str | None:
-        """Return what to say where the loss that was trained is higher on held-out text than it was at the start."""
+        """Return what to say where the loss that was trained has risen on held-out text, beyond two standard errors."""
+        assert before.kl_mean is not None
+        assert after.kl_mean is not None
         share = 1.0 if self.task.loss == "cross_entropy" else self.task.labels
-
-        def loss(score: Score) -> float:
-            assert score.kl_mean is not None
-            return (1 - share) * score.kl_mean + share * math.log(score.perplexity)
-
-        if loss(after) <= loss(before):
+        rise = (1 - share) * (after.kl_mean - before.kl_mean) + share * math.log(after.perplexity / before.perplexity)
+        error = (1 - share) * (after.kl_stderr or 0.0) + share * (after.perplexity_stderr or 0.0) / after.perplexity
+        if rise <= 2 * error:
             return None
         return (
             f"training ended worse than it began on held-out text (perplexity {before.perplexity:.4g} -> "
