@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--data", default="stdlib:train")
     parser.add_argument("--heldout", default="stdlib:heldout")
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, default=4000)

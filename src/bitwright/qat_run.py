@@ -32,7 +32,7 @@ from bitwright.schemes import Scheme
 from bitwright.train.distillation import towards
 from bitwright.train.engine import Curve, fit, next_token_loss
 from bitwright.train.fake_inputs import add_fake_cache
-from bitwright.train.fake_weights import mean_step, nearest_with_codes
+from bitwright.train.fake_weights import inside_cells, mean_step
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.objective import Objective
@@ -53,6 +53,8 @@ from bitwright.training_run import (
 from bitwright.training_text import DrawnText, TrainingText
 
 SITES, DENSE = "sites", "dense"
+INSIDE = 0.9
+"""How far weights start from the level of their code: the rest of the way keeps it for a while."""
 Loss = Literal["kl", "cross_entropy"]
 
 
@@ -66,8 +68,8 @@ class QatTask:
         training: how long and how fast; the learning rate counts in steps of a weight's grid (`mean_step`), so
             that one rate serves every site, format and model.
         qat: how quantizers behave.
-        start: `method` starts at the codes of the recipe's method, as near to the original weights as these codes
-            allow; `original` at the weights themselves on that method's grids.
+        start: `method` starts at the codes of the recipe's method, near the original weights within the cells of
+            these codes; `original` at the weights themselves on that method's grids.
         loss: kl follows the original model (distillation), cross_entropy the text.
         temperature: of kl.
         labels: share of the text's own next tokens in kl, from 0 to below 1.
@@ -258,7 +260,7 @@ class _Work:
             with torch.no_grad():
                 for name, site in packed.items():
                     weight = student.get_parameter(parameters[name])
-                    weight.copy_(nearest_with_codes(weight, site.weight))
+                    weight.copy_(inside_cells(weight, site.weight, INSIDE))
         student.requires_grad_(self.task.train_rest)
         prepared = prepare(
             student, self.schemes, {name: site.weight.grid for name, site in packed.items()}, self.task.qat,

@@ -19,8 +19,8 @@ from bitwright.train.fake_weights import (
     fake_quantize,
     fit_start,
     gradient_factor,
+    inside_cells,
     mean_step,
-    nearest_with_codes,
 )
 
 ROWS, COLUMNS = 8, 64
@@ -108,7 +108,7 @@ def test_a_start_keeps_the_codes_and_comes_nearer_to_the_weight(name: str) -> No
     weight = torch.randn(ROWS, COLUMNS)
     fake = quantizer(name, "fixed", weight)
     found = fake.qtensor(weight + torch.randn(ROWS, COLUMNS) * 0.1)
-    start = nearest_with_codes(weight, found)
+    start = inside_cells(weight, found, 0.9)
     level, kept = found.dequantize(), fake.qtensor(start)
     inside = torch.ones_like(weight, dtype=torch.bool)
     if found.outliers is not None:
@@ -118,7 +118,8 @@ def test_a_start_keeps_the_codes_and_comes_nearer_to_the_weight(name: str) -> No
     assert float((start - weight).square().mean()) < float((level - weight).square().mean())
     own_codes = fake.qtensor(weight)
     if own_codes.outliers is None:
-        assert torch.equal(nearest_with_codes(weight, own_codes), weight)
+        assert torch.allclose(inside_cells(weight, own_codes, 1.0), weight, atol=1e-6)
+        assert torch.equal(inside_cells(weight, own_codes, 0.0), own_codes.dequantize())
 
 
 def test_the_step_of_an_integer_grid_is_its_scale() -> None:

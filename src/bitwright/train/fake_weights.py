@@ -69,22 +69,27 @@ def fit_start(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> AnyGrid:
 
 
 @torch.no_grad()
-def nearest_with_codes(weight: Tensor, found: QTensor) -> Tensor:
-    """Return the numbers [O, I] nearest to a weight that round to the codes that a method has found.
+def inside_cells(weight: Tensor, found: QTensor, share: float) -> Tensor:
+    """Return numbers [O, I] near a weight that round to the codes that a method has found.
 
-    Training from the levels themselves forgets which roundings were close calls: from here those turn first. The cell
-    of a level is an interval, so the way from the level to the weight is bisected.
+    Training from the levels themselves forgets which roundings were close calls: from here those turn first. But a
+    method such as GPTQ rounds many weights away from themselves on purpose. At the very border of their cells all of
+    them would turn in the first steps, hence the share. The cell of a level is an interval, so the way from the level
+    to the weight is bisected.
 
     Args:
         weight: [O, I] float32; not modified.
         found: codes of the same shape, on the grid that training starts from.
+        share: of the way from the level to the weight, or to the border of the cell where the weight is beyond; 0 to 1.
     """
-    inside, outside = found.dequantize(torch.float32), weight
+    level = found.dequantize(torch.float32)
+    inside, outside = level, weight
     for _ in range(BISECTIONS):
         middle = (inside + outside) / 2
         same = found.grid.quantize(middle) == found.codes
         inside, outside = torch.where(same, middle, inside), torch.where(same, outside, middle)
-    return torch.where(found.grid.quantize(weight) == found.codes, weight, inside)
+    nearest = torch.where(found.grid.quantize(weight) == found.codes, weight, inside)
+    return level + share * (nearest - level)
 
 
 def mean_step(grid: AnyGrid, num_rows: int) -> float:
