@@ -187,6 +187,7 @@ def test_the_last_rung_but_16_bit_is_a_low_rank_addend_where_the_layout_holds_on
     def judge(recipe: Recipe, folder: Path) -> QuantizeResult:
         recipes.append(recipe)
         folder.mkdir(parents=True)
+        (folder / "5-records.jsonl").touch()
         results = {"kl_mean": 2.0 - len(recipes), "perplexity": 1.0, "reference_perplexity": 1.0, "layouts": [layout]}
         return QuantizeResult(run=folder, results=results, failure=None, resumed_blocks=0)
 

@@ -53,7 +53,7 @@ from bitwright.training_run import (
 from bitwright.training_text import DrawnText, TrainingText
 
 SITES, DENSE = "sites", "dense"
-INSIDE = 0.9
+INSIDE = 0.98
 """How far weights start from the level of their code: the rest of the way keeps it for a while."""
 Loss = Literal["kl", "cross_entropy"]
 
