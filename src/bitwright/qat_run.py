@@ -165,7 +165,6 @@ class _Work:
         self.source, self.task, self.recipe, self.decided, self.run = model, task, recipe, decided, run
         self.processes, self.trust_remote_code, self.progress = processes, trust_remote_code, progress
         self.schemes: dict[str, Scheme] = {}
-        self.rates: dict[str, float] = {}
         for site in decided.sites:
             scheme = decided.plan.sites[site.name].effective
             if scheme is not None:
@@ -183,9 +182,9 @@ class _Work:
             trust_remote_code=self.trust_remote_code,
         ).requires_grad_(False)  # fmt: skip
         student = deepcopy(teacher)
-        self._prepare(student)
+        rates = self._prepare(student)
         before = score_in_memory(student, heldout, reference=teacher)
-        curve = self._fit(student, teacher, windows)
+        curve = self._fit(student, teacher, windows, rates)
         if not self.processes.is_main:
             return
         after = score_in_memory(student, heldout, reference=teacher)
@@ -249,8 +248,8 @@ class _Work:
             trust_remote_code=self.trust_remote_code, progress=self.progress,
         ).results  # fmt: skip
 
-    def _prepare(self, student: nn.Module) -> None:
-        """Put quantizers around the sites of a model, at what the base run has found."""
+    def _prepare(self, student: nn.Module) -> dict[str, float]:
+        """Put quantizers around the sites of a model, at what the base run has found; return the rates of it all."""
         streamed = open_model(self.source, device="cpu", dtype="float32", trust_remote_code=self.trust_remote_code)
         found = open_checkpoint(RunDirectory(self.run.path / BASE).model)
         parameters = {site.name: site.parameter for site in self.decided.sites}
@@ -267,9 +266,10 @@ class _Work:
             inputs={name: site.inputs for name, site in packed.items() if site.inputs is not None},
             dtype=streamed.skeleton.checkpoint.dense_dtype,
         )  # fmt: skip
-        self.rates = self._rates(student, prepared)
+        rates = self._rates(student, prepared)
         if self.task.cache_bits is not None:
             add_fake_cache(student, self.task.cache_bits, self.task.cache_group)
+        return rates
 
     def _rates(self, student: nn.Module, prepared: dict[str, QatLinear]) -> dict[str, float]:
         """Return the factor on the learning rate of every parameter, at the start of the training."""
@@ -285,7 +285,7 @@ class _Work:
                 rates[name] = self.task.rest_rate
         return rates
 
-    def _fit(self, student: nn.Module, teacher: nn.Module, windows: Tensor) -> Curve:
+    def _fit(self, student: nn.Module, teacher: nn.Module, windows: Tensor, rates: dict[str, float]) -> Curve:
         last = self.task.qat.freeze_after * self.task.training.steps
         buffers = [
             name for name, _ in student.named_buffers() if any(name.startswith(f"{site}.") for site in self.schemes)
@@ -297,7 +297,7 @@ class _Work:
 
         return fit(
             student, windows, self.task.training, self.run.work / TRAINING, objective=self._objective(teacher),
-            rate=self.rates.__getitem__, buffers=buffers, after_step=after_step,
+            rate=rates.__getitem__, buffers=buffers, after_step=after_step,
             processes=self.processes, progress=self.progress,
         )  # fmt: skip
 

@@ -137,7 +137,7 @@ class GradientTraffic:
         try:
             with safe_open(file, framework="pt") as handle:  # pyright: ignore[reportUnknownVariableType]
                 state = json.loads(handle.metadata()[_FACTS])
-                for key in handle.keys():  # noqa: SIM118
+                for key in handle.keys():  # noqa: SIM118  the handle is no mapping
                     phase, _, name = cast(str, key).partition("/")
                     residuals[phase][name] = cast(Tensor, handle.get_tensor(key))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
