@@ -25,6 +25,8 @@ BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
         "W2A16-g64": EVERY, "W2A16-g64-asym": ("gptq", "gptaq", "block_ap"), "W2A16-g64-floatzero": (DATA_FREE,),
     },
     "W3A16-g128": {"W3A16-g128": EVERY, "W3A16-g128-asym": ("gptq", "block_ap"), "W3A16-g128-floatzero": (DATA_FREE,)},
+    "W3A16-g64": {"W3A16-g64": EVERY, "W3A16-g64-asym": ("gptq", "gptaq", "block_ap")},
+    "W4A16-g64": {"W4A16-g64": EVERY, "W4A16-g64-asym": ("gptq", "gptaq", "awq")},
     "W4A16-g128": {
         "W4A16-g128": (*EVERY, "awq+gptaq"), "W4A16-g128-asym": ("gptq", "gptaq", "awq"),
         "W4A16-g128-floatzero": (DATA_FREE,),
@@ -36,6 +38,8 @@ BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "W8A16": {"W8A16-g32": ("rtn", "gptq"), "W8A16": ("rtn", "gptq")},
 }  # fmt: skip
 """What peers call a budget -> the schemes of ours that belong to it -> the methods that each is measured with."""
+GROUPS_OF_64 = ("W3A16-g64", "W4A16-g64")
+"""For models whose rows 128 does not divide, in place of the budgets with groups of 128."""
 
 
 def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -159,7 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--budgets", default=",".join(BUDGETS))
+    parser.add_argument("--budgets", default=",".join(budget for budget in BUDGETS if budget not in GROUPS_OF_64))
     parser.add_argument("--ours", default="", help="methods; all unless given")
     parser.add_argument("--peers", default="", help="all unless given")
     parser.add_argument("--skip", default="", help="methods of peers to leave out, such as those that take hours")

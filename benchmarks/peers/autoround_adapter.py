@@ -9,9 +9,8 @@ What is judged are the codes that it exports: scales are stored in float16, and 
 
 from typing import Any
 
-from common import Job, PeerError, Quantized, decoded, decoder_linears, main
+from common import BUDGETS, Job, PeerError, Quantized, decoded, decoder_linears, main
 
-BUDGETS = ("W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
 RECIPES: dict[str, dict[str, Any]] = {
     "signround": {"iters": 200},
     "signround-asym": {"iters": 200},

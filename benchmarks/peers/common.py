@@ -35,6 +35,8 @@ from torch import Tensor, nn
 Supported = Mapping[str, tuple[str, ...]]
 SCHEME = re.compile(r"W(?P<weight_bits>\d)A(?P<input_bits>8|16)(-g(?P<group>\d+))?")
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BUDGETS = ("W4A16-g128", "W4A16-g64", "W4A16-g32", "W3A16-g128", "W3A16-g64", "W2A16-g64")
+"""Weights in groups, what every peer with groups is asked for; 64 suits rows that 128 does not divide."""
 PER_TOKEN_INT8 = "int8-per-token"
 """How a W8A8 model's inputs are quantized: each token by its own largest magnitude, symmetric, in 8 bits."""
 

@@ -7,9 +7,8 @@ Quantizing on a CPU of two cores needs GPTQMODEL_CPU_WORKERS=2: its pool has one
 
 import os
 
-from common import Job, Quantized, decoded, decoder_linears, main, stored_tensors, tensor_bits
+from common import BUDGETS, Job, Quantized, decoded, decoder_linears, main, stored_tensors, tensor_bits
 
-BUDGETS = ("W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
 SUPPORTED = {"gptq": BUDGETS, "gptq-asym": BUDGETS, "rtn": BUDGETS}  # its AWQ needs CUDA
 
 

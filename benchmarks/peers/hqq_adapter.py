@@ -5,9 +5,8 @@ the outputs, which HQQ's authors call the better quality without fast kernels. S
 default of `HQQLinear`, and 3-bit codes are ten to 32 bits. Where rows are not whole groups, its groups cross rows.
 """
 
-from common import Job, Quantized, decoded, decoder_linears, main, tensor_bits
+from common import BUDGETS, Job, Quantized, decoded, decoder_linears, main, tensor_bits
 
-BUDGETS = ("W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
 SUPPORTED = {"hqq": BUDGETS, "hqq-axis0": BUDGETS}
 
 

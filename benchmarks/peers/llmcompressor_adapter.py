@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from common import (
+    BUDGETS,
     PER_TOKEN_INT8,
     Job,
     PeerError,
@@ -19,7 +20,6 @@ from common import (
     tensor_bits,
 )
 
-BUDGETS = ("W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
 SUPPORTED = {
     "rtn": (*BUDGETS, "W8A8"),
     "rtn-asym": BUDGETS,

@@ -11,10 +11,9 @@ layer before; here it is folded into the decoded weights, and counted.
 
 from typing import Any
 
-from common import PER_TOKEN_INT8, Job, PeerError, Quantized, decoded, decoder_linears, main, tensor_bits
+from common import BUDGETS, PER_TOKEN_INT8, Job, PeerError, Quantized, decoded, decoder_linears, main, tensor_bits
 
-BUDGETS = ("W4A16-g128", "W4A16-g32", "W3A16-g128", "W2A16-g64")
-SUPPORTED = {"rtn": (*BUDGETS, "W8A8"), "rtn-asym": BUDGETS, "hqq": BUDGETS, "awq": BUDGETS[:2]}
+SUPPORTED = {"rtn": (*BUDGETS, "W8A8"), "rtn-asym": BUDGETS, "hqq": BUDGETS, "awq": BUDGETS[:3]}
 
 
 def config(job: Job) -> Any:
