@@ -1,6 +1,7 @@
 """Trainings as runs: what they leave is what was trained, a killed one goes on, and bad input is refused."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -141,7 +142,9 @@ def test_a_killed_qat_run_goes_on_to_the_same_codes(tiny_llama_dir: Path, text: 
     assert not torch.equal(original, trained), "the rest was to be trained as well"
 
 
-@pytest.mark.parametrize("how", [{}, {"top_k": 8}, {"features": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"top_k": 8}, {"features": 0.5}, {"labels": 0.25}, {"labels": 0.25, "top_k": 8}], ids=str
+)
 def test_a_distilled_model_is_a_model_directory(
     tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, how: dict[str, Any]
 ) -> None:
@@ -149,6 +152,9 @@ def test_a_distilled_model_is_a_model_directory(
     found = distill_model(tiny_llama_dir, task, tmp_path / "run")
     assert set(open_checkpoint(found.run / "4-model").names) == set(open_checkpoint(tiny_llama_dir).names)
     assert found.results["kl_before"] == pytest.approx(0.0, abs=1e-6)
+    # The student starts as its teacher: all that the first step loses is of the text.
+    of_the_text = how.get("labels", 0.0) * math.log(found.results["perplexity_before"])
+    assert found.losses[0] == pytest.approx(of_the_text, rel=0.1, abs=1e-4)
 
 
 def test_what_is_held_out_is_neither_trained_nor_calibrated_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -235,7 +241,13 @@ def test_impossible_requests_are_refused(tiny_llama_dir: Path, text: TrainingTex
         QatTask(recipe=Recipe(transforms=("smoothquant",)), text=text)
     with pytest.raises(RecipeError, match="CUDA_VISIBLE_DEVICES"):
         train_adapter(tiny_llama_dir, lora(text, device="cuda:1"), out)
-    for wrong in ({"temperature": 0.0}, {"top_k": 0}, {"features": -1.0}, {"features": 1.0, "top_k": 4}):
+    for wrong in (
+        {"temperature": 0.0},
+        {"top_k": 0},
+        {"features": -1.0},
+        {"features": 1.0, "top_k": 4},
+        {"labels": 1.0},
+    ):
         with pytest.raises(RecipeError, match=next(iter(wrong))):
             DistillTask(teacher="x", text=text, **wrong)
     for wrong in ({"labels": 1.0}, {"labels": 0.5, "loss": "cross_entropy"}, {"rest_rate": 0.0}):

@@ -21,7 +21,7 @@ from bitwright.preparation import open_model, vocabulary_size
 from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
 from bitwright.runs import RunDirectory
-from bitwright.train.distillation import distillation_loss, teacher_targets, towards
+from bitwright.train.distillation import check_labels, distillation_loss, teacher_targets, towards, with_labels
 from bitwright.train.engine import fit
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.objective import Objective
@@ -52,6 +52,7 @@ class DistillTask:
         training: how long and how fast.
         temperature: of both distributions.
         top_k: keep so many of the teacher's logits per token on disk; None runs the teacher at every step.
+        labels: share of the text's own next tokens in the loss, from 0 to below 1.
         features: weight of the distance between hidden states of the same depth; 0 for none.
         device: where to train.
         gradient_bits: of gradients between processes; None for dense ones.
@@ -63,6 +64,7 @@ class DistillTask:
     training: TrainingOptions = FOR_DISTILLATION
     temperature: float = 1.0
     top_k: int | None = None
+    labels: float = 0.0
     features: float = 0.0
     device: str = "cpu"
     gradient_bits: int | None = None
@@ -73,6 +75,7 @@ class DistillTask:
             raise RecipeError(f"temperature must be a finite number above 0, got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
             raise RecipeError(f"top_k must be at least 1, got {self.top_k}.")
+        check_labels(self.labels)
         if not (self.features >= 0 and math.isfinite(self.features)):
             raise RecipeError(f"features must be a finite number, at least 0, got {self.features}.")
         if self.features and self.top_k is not None:
@@ -158,7 +161,7 @@ def _objective(
 ) -> Objective:
     """The loss, from logits kept on disk or from the teacher itself."""
     if task.top_k is None:
-        return towards(teacher, task.temperature, features=task.features)
+        return towards(teacher, task.temperature, features=task.features, labels=task.labels)
     if processes.is_main:
         teacher_targets(teacher, windows, folder, task.top_k, progress, temperatures=(task.temperature,))
     processes.wait()
@@ -168,7 +171,8 @@ def _objective(
         read = [targets.read(int(window), task.temperature) for window in index]
         indices, log_probs = (torch.stack([pair[part] for pair in read]).to(ids.device) for part in (0, 1))
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        return distillation_loss(logits, indices[:, :-1], log_probs[:, :-1], task.temperature)
+        loss = distillation_loss(logits, indices[:, :-1], log_probs[:, :-1], task.temperature)
+        return with_labels(loss, logits, ids, task.labels)
 
     return kept
 

@@ -29,7 +29,7 @@ from bitwright.recipe import Recipe
 from bitwright.records import append_jsonl, read_jsonl
 from bitwright.runs import TRAINED_CODES, RunDirectory
 from bitwright.schemes import Scheme
-from bitwright.train.distillation import towards
+from bitwright.train.distillation import check_labels, towards
 from bitwright.train.engine import Curve, fit, next_token_loss
 from bitwright.train.fake_inputs import add_fake_cache
 from bitwright.train.fake_weights import inside_cells, mean_step
@@ -108,8 +108,7 @@ class QatTask:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise RecipeError(f"{name} must be a finite number above 0, got {value}.")
-        if not 0 <= self.labels < 1:
-            raise RecipeError(f"labels must be from 0 to below 1, got {self.labels}. Use loss cross_entropy for 1.")
+        check_labels(self.labels)
         if self.labels and self.loss != "kl":
             raise RecipeError("labels are a share of the loss kl. Leave them or cross_entropy out.")
 

@@ -14,6 +14,7 @@ from bitwright.train.distillation import (
     feature_loss,
     kl_loss,
     teacher_targets,
+    with_labels,
 )
 
 VOCABULARY = 320
@@ -115,6 +116,14 @@ def test_the_full_loss_is_that_of_torch_and_masks_leave_positions_out() -> None:
     torch.testing.assert_close(kl_loss(student, truth), expected.mean())
     mask = torch.tensor([[1, 0, 1], [0, 0, 0]])
     torch.testing.assert_close(kl_loss(student, truth, mask=mask), expected[0, [0, 2]].mean())
+
+
+def test_a_share_of_the_loss_is_the_text() -> None:
+    logits, ids = torch.randn(2, 5, VOCABULARY), windows()
+    followed = torch.tensor(3.0)
+    text = functional.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
+    torch.testing.assert_close(with_labels(followed, logits, ids, 0.25), 0.75 * followed + 0.25 * text)
+    assert with_labels(followed, logits, ids, 0.0) is followed
 
 
 def test_feature_loss_counts_every_depth_alike() -> None:

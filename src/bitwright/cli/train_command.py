@@ -66,7 +66,7 @@ StepRate = Annotated[
 ]
 Rest = Annotated[bool, typer.Option("--train-rest", help="Also train what stays in 16 bit.")]
 CacheBits = Annotated[int | None, typer.Option(help="Also quantize the KV cache in training.")]
-Labels = Annotated[float, typer.Option(help="Share of the text's own next tokens in the loss kl.")]
+Labels = Annotated[float, typer.Option(help="Share of the text's own next tokens in the loss.")]
 Temperature = Annotated[float, typer.Option(help="Of the teacher's and the student's distributions.")]
 MaxKl = Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")]
 
@@ -166,6 +166,7 @@ def distill(
     top_k: Annotated[
         int | None, typer.Option(help="Keep so many of the teacher's logits per token on disk; runs it unless given.")
     ] = None,
+    labels: Labels = 0.0,
     features: Annotated[float, typer.Option(help="Weight of the distance between hidden states.")] = 0.0,
     heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None,
     steps: Steps = FOR_DISTILLATION.steps, batch: Batch = 8, accumulation: Accumulation = 1,
@@ -181,7 +182,7 @@ def distill(
 
     task = DistillTask(
         teacher=teacher, text=_text(given), training=_options(given), temperature=temperature, top_k=top_k,
-        features=features, device=device, gradient_bits=gradient_bits, shard=shard,
+        labels=labels, features=features, device=device, gradient_bits=gradient_bits, shard=shard,
     )  # fmt: skip
     with ProgressBars(quiet=quiet or as_json) as progress:
         found = distill_model(model, task, out, fresh=fresh, trust_remote_code=trust_remote_code, progress=progress)

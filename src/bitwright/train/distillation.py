@@ -199,7 +199,7 @@ def towards(teacher: nn.Module, temperature: float, *, features: float = 0.0, la
         teacher: in memory, without gradients.
         temperature: of both distributions.
         features: weight of `feature_loss` over the hidden states of all depths; needs as many and as wide ones.
-        labels: share, 0 to 1, of the text's own next tokens in the loss (Hinton's hard targets).
+        labels: share of the text's own next tokens in the loss; see `with_labels`.
     """
     hidden = features > 0
 
@@ -207,13 +207,36 @@ def towards(teacher: nn.Module, temperature: float, *, features: float = 0.0, la
         with torch.no_grad():
             wanted = teacher(input_ids=ids, use_cache=False, output_hidden_states=hidden)
         found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
-        loss = kl_loss(found.logits[:, :-1], wanted.logits[:, :-1], temperature)
-        if labels:
-            text = functional.cross_entropy(_wide(found.logits[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-            loss = (1 - labels) * loss + labels * text
+        logits = found.logits[:, :-1]
+        loss = with_labels(kl_loss(logits, wanted.logits[:, :-1], temperature), logits, ids, labels)
         return loss + features * feature_loss(found.hidden_states, wanted.hidden_states) if hidden else loss
 
     return objective
+
+
+def with_labels(loss: Tensor, logits: Tensor, ids: Tensor, share: float) -> Tensor:
+    """Return a teacher's loss mixed with the cross-entropy of the text's own next tokens (Hinton's hard targets).
+
+    Args:
+        loss: [] of following the teacher.
+        logits: [B, T - 1, V] of the student.
+        ids: [B, T] token ids of the text.
+        share: of the cross-entropy, 0 to 1.
+    """
+    if not share:
+        return loss
+    text = functional.cross_entropy(_wide(logits).flatten(0, 1), ids[:, 1:].flatten())
+    return (1 - share) * loss + share * text
+
+
+def check_labels(share: float) -> None:
+    """Refuse a share of labels that leaves nothing of the teacher.
+
+    Raises:
+        RecipeError: it is not from 0 to below 1.
+    """
+    if not 0 <= share < 1:
+        raise RecipeError(f"labels must be from 0 to below 1, got {share}. At 1 no teacher is needed.")
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
