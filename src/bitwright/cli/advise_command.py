@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import print_json, wide_console
+from bitwright.cli.shared_options import AsJson, RemoteCode
 from bitwright.errors import UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,10 +33,8 @@ def advise(
     kv_bits: Annotated[float, typer.Option(help="Bits of a number in the cache, scales included.")] = 16.0,
     data: Annotated[str, typer.Option(help="Calibration text there is: none, some, lots.")] = "some",
     max_loss: Annotated[float | None, typer.Option(help="Nats per token that may be lost; becomes --max-kl.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
-    ] = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Say which scheme and method suit a model in a place, with its sizes, speeds and reasons; no weights needed."""
     from bitwright.advice import advise as run

@@ -20,6 +20,7 @@ from bitwright.cli.quantize_command import quantize
 from bitwright.cli.report_command import report
 from bitwright.cli.search_command import search
 from bitwright.cli.sensitivity_command import sensitivity
+from bitwright.cli.shared_options import AsJson, Device, Dtype, Model, Quiet, RemoteCode
 from bitwright.cli.speed_command import speed
 from bitwright.cli.tasks_command import tasks
 from bitwright.cli.train_command import train
@@ -35,13 +36,6 @@ _UsageError: Any = (
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="LLM compression with proof."
 )
-
-Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
-Device = Annotated[str, typer.Option(help="Where blocks are computed: cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="Compute type: float32, bfloat16 or float16.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
 
 
 @app.command()

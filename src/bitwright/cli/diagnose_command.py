@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, print_json, wide_console
+from bitwright.cli.shared_options import AsJson, Device, Quiet, RemoteCode
 
 if TYPE_CHECKING:
     from bitwright.checkup.findings import Checkup, Finding
@@ -24,12 +25,10 @@ def diagnose(
     windows: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 4,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random tokens.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    device: Annotated[str, typer.Option(help="Where blocks are computed: cpu, cuda, cuda:1, mps.")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
-    ] = False,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Compare a quantized checkpoint with its original and say what is wrong, where, and how to mend it."""
     from bitwright.checkup.diagnose import diagnose_checkpoint

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitwright.cli.console import ProgressBars, fail, print_json, show
+from bitwright.cli.shared_options import AsJson, Device, MaxKl, Quiet, RemoteCode
 from bitwright.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -40,13 +41,11 @@ def merge(
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text to judge by; the run's held-out windows unless given.")] = None,
     seqlen: Annotated[int | None, typer.Option(min=2, help="Tokens per window, for a bare PEFT adapter.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
-    ] = False,
+    max_kl: MaxKl = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Put an adapter into the weights, measure what that lost on the written result, and fail if it is too much."""
     from bitwright.merging import MergeTask

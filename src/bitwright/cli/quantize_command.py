@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.console import ProgressBars, fail, print_json, show
+from bitwright.cli.shared_options import AsJson, Device, Dtype, FreshRun, MaxKl, Model, Quiet, RecipeFile, RemoteCode
 from bitwright.cli.speed_command import MeasureSpeed, add_speed
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Run directory; the same command resumes an interrupted run.")],
     scheme: Annotated[
         str | None, typer.Option(help="W4A16-g128, W8A8, nf4-b64-dq, fp8, mxfp4-a16 …; see bitwright formats.")
@@ -26,21 +27,19 @@ def quantize(
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave matching sites in 16 bit; may be repeated.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options given here override it.")] = None,
+    recipe: RecipeFile = None,
     ragged: Annotated[
         str | None, typer.Option(help="Rows that the group size does not divide: auto, refuse, divisor.")
     ] = None,
     layout: Annotated[str | None, typer.Option(help="How it is stored: auto, compressed-tensors or bitwright.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run left in --out.")] = False,
-    device: Annotated[str, typer.Option(help="Where blocks are computed: cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = "float32",
+    max_kl: MaxKl = None,
+    fresh: FreshRun = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     measure_speed: MeasureSpeed = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Quantize a model into a run directory, measure what was lost, and fail if it is too much."""
     from bitwright.cli.tables import estimate_line, run_table

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.console import ProgressBars, show
+from bitwright.cli.shared_options import RemoteCode
 from bitwright.errors import RunError
 
 
@@ -23,9 +24,7 @@ def report(
     ] = None,
     device: Annotated[str, typer.Option(help="Where --samples are written: cpu, cuda, cuda:1, mps.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
-    ] = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write one self-contained HTML file: what was done, what was lost and where, sizes and timings."""
     if len(runs) > 1 and out is None:

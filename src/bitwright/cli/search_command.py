@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
+from bitwright.cli.shared_options import AsJson, Calibration, Device, Dtype, Model, Quiet, RemoteCode
 from bitwright.cli.speed_command import MeasureSpeed, add_speed
 from bitwright.errors import RecipeError
 
@@ -22,8 +23,8 @@ PIPE_WIDTH = 160
 
 
 def search(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
-    calibration: Annotated[str, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]] or stdlib.")],
+    model: Model,
+    calibration: Calibration,
     out: Annotated[Path, typer.Option(help="Folder of the search; the same command resumes.")],
     fit: Annotated[str | None, typer.Option(help="Resident memory with cache and workspace, such as 4GB.")] = None,
     size: Annotated[str | None, typer.Option(help="Size of the files, such as 3GB.")] = None,
@@ -50,11 +51,11 @@ def search(
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of windows and polish.")] = None,
-    device: Annotated[str, typer.Option(help="Where blocks are computed.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Compute type: float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Find the scheme of every site under budgets in real units; print and save the plan and the whole frontier."""
     from bitwright.budget import Budget, parse_share, parse_size

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, listed, print_json, wide_console
+from bitwright.cli.shared_options import AsJson, Calibration, Device, Model, Quiet, RemoteCode
 from bitwright.errors import UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ _RATIOS = ("weight_sqnr", "output_sqnr")
 
 
 def sensitivity(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
-    calibration: Annotated[str, typer.Option(help="Text file, JSONL, hub:NAME[:CONFIG[:SPLIT]] or stdlib.")],
+    model: Model,
+    calibration: Calibration,
     out: Annotated[Path, typer.Option(help="Folder of the result; the same command resumes.")],
     scores: Annotated[
         list[str] | None, typer.Option(help="Scores, separated by commas; every cheap one and measured unless given.")
@@ -35,12 +36,10 @@ def sensitivity(
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     measured_windows: Annotated[int, typer.Option(min=1, help="Windows that divergences are measured on.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of windows, labels and random vectors.")] = 0,
-    device: Annotated[str, typer.Option(help="Where blocks are computed: cpu, cuda, cuda:1, mps.")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
-    ] = False,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Find what each site can bear in each scheme, by cheap scores and by measuring."""
     from bitwright.sensitivity_report import report_sensitivity

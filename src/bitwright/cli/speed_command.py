@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, print_json, show
+from bitwright.cli.shared_options import AsJson, Quiet, RemoteCode
 
 if TYPE_CHECKING:
     from bitwright.speed_run import MeasuredSpeed
@@ -32,11 +33,9 @@ def speed(
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to write after it; at most 64 unless given.")] = None,
     repeat: Annotated[int, typer.Option(help="Repetitions that count; one more before them does not.")] = 5,
     device: Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps.")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure tokens per second, memory and energy per token of a model and of its original; a run records them."""
     from bitwright.speed_run import run_speed

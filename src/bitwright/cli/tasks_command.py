@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, print_json, wide_console
+from bitwright.cli.shared_options import AsJson, Device, Quiet, RemoteCode
 from bitwright.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,15 +33,13 @@ def tasks(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question; --lm-eval only.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of further tasks; --lm-eval only.")] = None,
-    device: Annotated[str, typer.Option(help="Where blocks are computed: cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[
         str, typer.Option(help="Compute type: float32, bfloat16 or float16; --lm-eval takes the model's.")
     ] = "float32",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Answer multiple-choice and last-word questions; with a reference, say which answers changed."""
     from bitwright.task_run import run_lm_eval, run_tasks

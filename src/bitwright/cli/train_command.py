@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
+from bitwright.cli.shared_options import AsJson, FreshRun, MaxKl, Model, Quiet, RecipeFile, RemoteCode
 from bitwright.cli.speed_command import MeasureSpeed, add_speed
 from bitwright.train.options import FOR_ADAPTERS, FOR_DISTILLATION, FOR_QAT, OPTIMIZERS, TrainingOptions
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 train = typer.Typer(no_args_is_help=True, help="Fine-tune a model, or train its quantized weights.")
 
-Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 Data = Annotated[
     str,
     typer.Option(
@@ -50,11 +50,6 @@ GradientBits = Annotated[int | None, typer.Option(help="Under torchrun: send gra
 Shard = Annotated[bool, typer.Option("--shard", help="Under torchrun: share one model (FSDP2) instead of copying it.")]
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="Compute type of the frozen base: float32, bfloat16 or float16.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run left in --out.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
-Recipe = Annotated[Path | None, typer.Option(help="YAML recipe; options given here override it.")]
 Method = Annotated[str | None, typer.Option(help="Where training starts: gptq unless the recipe says.")]
 Start = Annotated[str, typer.Option(help="method: its codes; original: the weights on its grids.")]
 Mode = Annotated[str, typer.Option(help="Grids: auto, minmax, learned, fixed, or scales (only they are trained).")]
@@ -68,7 +63,6 @@ Rest = Annotated[bool, typer.Option("--train-rest", help="Also train what stays 
 CacheBits = Annotated[int | None, typer.Option(help="Also quantize the KV cache in training.")]
 Labels = Annotated[float, typer.Option(help="Share of the text's own next tokens in the loss.")]
 Temperature = Annotated[float, typer.Option(help="Of the teacher's and the student's distributions.")]
-MaxKl = Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats per token.")]
 
 
 @train.command()
@@ -80,7 +74,7 @@ def lora(
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
     tensorboard: Tensorboard = False,
     gradient_bits: GradientBits = None, shard: Shard = False, seed: Seed = 0, device: Device = "cpu",
-    dtype: Dtype = "float32", fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False,
+    dtype: Dtype = "float32", fresh: FreshRun = False, quiet: Quiet = False, as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Fine-tune with low-rank adapters beside the frozen weights; leaves an adapter in PEFT's format."""
@@ -104,7 +98,7 @@ def qlora(
     weight_decay: Decay = 0.0,
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
     tensorboard: Tensorboard = False, gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu",
-    dtype: Dtype = "float32", fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False,
+    dtype: Dtype = "float32", fresh: FreshRun = False, quiet: Quiet = False, as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Fine-tune with adapters over a quantized base, which stays packed in memory."""
@@ -118,7 +112,7 @@ def qlora(
 def qat(
     model: Model, data: Data, out: Out,
     scheme: Annotated[str | None, typer.Option(help="W4A16-g128 …; see bitwright formats.")] = None,
-    recipe: Recipe = None, method: Method = None, start: Start = "method", mode: Mode = "auto",
+    recipe: RecipeFile = None, method: Method = None, start: Start = "method", mode: Mode = "auto",
     loss: Annotated[str, typer.Option(help="kl follows the original model, cross_entropy the text.")] = "kl",
     temperature: Temperature = 1.0, labels: Labels = 0.0, freeze_after: FreezeAfter = 0.8, grid_rate: GridRate = 0.1,
     rest_rate: RestRate = 0.1, train_rest: Rest = False, cache_bits: CacheBits = None, max_kl: MaxKl = None,
@@ -128,7 +122,7 @@ def qat(
     weight_decay: Decay = 0.0, precision: Precision = "float32",
     checkpointing: Checkpointing = False, save_every: SaveEvery = 50, tensorboard: Tensorboard = False,
     gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu", measure_speed: MeasureSpeed = False,
-    fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
+    fresh: FreshRun = False, quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Train quantized weights, from what a method has made of them towards the original model."""
     given = dict(locals())
@@ -173,7 +167,7 @@ def distill(
     learning_rate: Rate = FOR_DISTILLATION.learning_rate, optimizer: Optimizer = "adamw", weight_decay: Decay = 0.0,
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
     tensorboard: Tensorboard = False, gradient_bits: GradientBits = None, shard: Shard = False, seed: Seed = 0,
-    device: Device = "cpu", fresh: Fresh = False, quiet: Quiet = False, as_json: AsJson = False,
+    device: Device = "cpu", fresh: FreshRun = False, quiet: Quiet = False, as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:  # fmt: skip
     """Train all weights of a model towards a teacher of the same vocabulary; leaves a model directory."""
