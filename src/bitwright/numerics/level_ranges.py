@@ -7,24 +7,20 @@ enough; where a scale format lists factors to try, as powers of two do, the best
 Legend: R rows of scales, G groups per row.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from bitwright.errors import RecipeError
 from bitwright.numerics import ternary
+from bitwright.numerics.formats import LevelFormat
 from bitwright.numerics.linalg import wide_dtype
-
-if TYPE_CHECKING:  # `ranges` lists these methods in its table.
-    from bitwright.numerics.formats import LevelFormat
-    from bitwright.numerics.ranges import Samples
-    from bitwright.numerics.scales import BoundScale
+from bitwright.numerics.range_samples import Samples
+from bitwright.numerics.scales import BoundScale
 
 BINARY, TERNARY = 2, 3
 
 
-def absmean(samples: "Samples", format: "LevelFormat", bound: "BoundScale") -> tuple[Tensor, None]:
+def absmean(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, None]:
     """Place the levels at the mean magnitude; ignores the importance. See `ternary.absmean`.
 
     Raises:
@@ -34,7 +30,7 @@ def absmean(samples: "Samples", format: "LevelFormat", bound: "BoundScale") -> t
     return _stored(ternary.absmean(samples.pieces, samples.counts), format, bound), None
 
 
-def twn(samples: "Samples", format: "LevelFormat", bound: "BoundScale") -> tuple[Tensor, None]:
+def twn(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, None]:
     """Place the levels at the mean magnitude above 0.7 mean|w|; ignores the importance. See `ternary.twn`.
 
     Raises:
@@ -44,7 +40,7 @@ def twn(samples: "Samples", format: "LevelFormat", bound: "BoundScale") -> tuple
     return _stored(ternary.twn(samples.pieces, samples.counts), format, bound), None
 
 
-def optimal_ternary(samples: "Samples", format: "LevelFormat", bound: "BoundScale") -> tuple[Tensor, None]:
+def optimal_ternary(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, None]:
     """Place the levels where the (importance-weighted) squared error is least. See `ternary.optimal_ternary`.
 
     Raises:
@@ -55,7 +51,7 @@ def optimal_ternary(samples: "Samples", format: "LevelFormat", bound: "BoundScal
     return _best_stored(step, samples, format, bound), None
 
 
-def optimal_binary(samples: "Samples", format: "LevelFormat", bound: "BoundScale") -> tuple[Tensor, None]:
+def optimal_binary(samples: Samples, format: LevelFormat, bound: BoundScale) -> tuple[Tensor, None]:
     """Place the levels where the (importance-weighted) squared error is least. See `ternary.optimal_binary`.
 
     Raises:
@@ -66,26 +62,26 @@ def optimal_binary(samples: "Samples", format: "LevelFormat", bound: "BoundScale
     return _best_stored(step, samples, format, bound), None
 
 
-def _check_levels(format: "LevelFormat", allowed: tuple[int, ...], method: str) -> None:
+def _check_levels(format: LevelFormat, allowed: tuple[int, ...], method: str) -> None:
     fits = format.symmetric and format.num_codes in allowed and format.min_value == -1 and format.max_value == 1
     if not fits:
         kinds = " or ".join({BINARY: "binary", TERNARY: "ternary"}[number] for number in allowed)
         raise RecipeError(f"{method}: places {kinds} levels and cannot fit {format.name}. Use the range method mse.")
 
 
-def _importance(samples: "Samples") -> Tensor | None:
+def _importance(samples: Samples) -> Tensor | None:
     root = samples.root_importance
     return None if root is None else root.to(wide_dtype(root.device)).square()
 
 
-def _stored(step: Tensor, format: "LevelFormat", bound: "BoundScale") -> Tensor:
+def _stored(step: Tensor, format: LevelFormat, bound: BoundScale) -> Tensor:
     """Round to storage. Only the smallest scale brings binary weights of a group of zeros close to 0."""
     if format.num_codes == BINARY:
         step = torch.where(step == 0, torch.full_like(step, torch.finfo(torch.float32).tiny), step)
     return bound.round(step)
 
 
-def _best_stored(step: Tensor, samples: "Samples", format: "LevelFormat", bound: "BoundScale") -> Tensor:
+def _best_stored(step: Tensor, samples: Samples, format: LevelFormat, bound: BoundScale) -> Tensor:
     best = _stored(step, format, bound)
     if bound.factors is None:
         return best
