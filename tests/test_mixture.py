@@ -91,6 +91,32 @@ def test_a_loss_that_is_allowed_is_kept_and_the_smallest_mix_is_taken(make: Make
     assert loose.size_bytes <= strict.size_bytes
 
 
+@pytest.mark.parametrize("budget", [{"average_bits": 5.1}, {"max_kl": 1e-4}], ids=str)
+def test_a_mix_that_its_scores_flatter_gives_way_to_one_scheme_for_all(
+    make: Make, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = make(**budget)
+    everywhere = [dict.fromkeys((site.name for site in search.sites), scheme) for scheme in MENU]
+    with search.measuring() as measure:
+        losses = measure(everywhere)
+    true = search.scores()
+    # Some of the scores say that 2 bits do no harm where they do, and 8 bits much.
+    false = {
+        name: {s: 0.0 if s[:2] == "W2" else 10 * x if s[:2] == "W8" else x for s, x in scores.items()}
+        if "mlp" in name else scores
+        for name, scores in true.values.items()
+    }  # fmt: skip
+    monkeypatch.setattr(search, "scores", lambda: replace(true, values=false))
+    found = search.run(rounds=0)
+    for schemes, loss in zip(everywhere, losses, strict=True):
+        size = search.size_bytes(list(schemes), next(iter(schemes.values())))
+        bits = 8 * size / sum(site.out_features * site.in_features for site in search.sites)
+        if bits <= budget.get("average_bits", 0):
+            assert found.measured_loss <= loss
+        if loss <= budget.get("max_kl", 0):
+            assert found.average_bits <= bits
+
+
 def test_an_impossible_budget_says_what_binds_and_what_can_be_reached(make: Make) -> None:
     with pytest.raises(RecipeError, match=r"max_size_bytes.*cannot be kept: the least"):
         make(average_bits=1.0).run(rounds=0)

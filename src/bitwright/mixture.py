@@ -4,6 +4,7 @@
     items       sites that an engine runs as one product choose together (`search.fused`)
     allocation  the exact best sum under the limits (`search.allocate`), and the whole frontier
     correction  the divergence of the whole, measured: sums are right up to a factor, and quality limits need it
+    rivals      one scheme for all, where that keeps the limits and turns out better (`search.rivals`)
     polish      an evolution on measured divergences (`search.polish`)
 
 Scores and divergences are of weights rounded to nearest. Whatever solver quantizes them afterwards loses less, so that
@@ -32,7 +33,7 @@ from bitwright.progress import Progress, no_progress
 from bitwright.recipe import QUANTIZABLE_KINDS, Recipe, Rule, matches, resolve
 from bitwright.records import write_json_atomic, write_text_atomic
 from bitwright.schemes import Scheme
-from bitwright.search.allocate import Allocation, Choice, Item, Limits, allocate
+from bitwright.search.allocate import Allocation, Choice, Item, Limits, Objective, allocate
 from bitwright.search.choices import open_bench
 from bitwright.search.cost import memory, resident_bytes, site_latency, speed
 from bitwright.search.frontier import frontier
@@ -40,6 +41,7 @@ from bitwright.search.fused import fused_sets
 from bitwright.search.menus import default_menu
 from bitwright.search.model_shape import ModelShape, shape_of_model
 from bitwright.search.polish import polish
+from bitwright.search.rivals import uniform_rivals
 from bitwright.search.sensitivity import Sensitivity, measure_sensitivity
 from bitwright.search.stored_size import exported_bytes, site_bytes
 
@@ -158,7 +160,7 @@ class Search:
         self.sensitivity = self.scores()
         items = self.items(self.sensitivity)
         with self.measuring() as measure:
-            allocation, start = self._corrected(items, measure)
+            allocation, start = self._start(items, measure)
             limits = self.limits()
             if self.budget.max_loss is not None and not self.budget.limits_cost:
                 limits = replace(limits, max_size_bytes=float(allocation.size_bytes))
@@ -272,31 +274,47 @@ class Search:
     def _with_addends(self, shape: ModelShape, sites: Collection[str]) -> ModelShape:
         return replace(shape, ranks={**shape.ranks, **dict.fromkeys(sites, self.recipe.low_rank.rank)})
 
-    def _corrected(self, items: Sequence[Item], measure: Measure) -> tuple[Allocation, float]:
+    def _start(self, items: Sequence[Item], measure: Measure) -> tuple[Allocation, float]:
+        """The best of the measured: mixes by their sums, and one scheme for all. Returns its measured loss besides.
+
+        Raises:
+            RecipeError: nothing keeps the limits.
+        """
+        allowed, costs = self.budget.max_loss, replace(self.limits(), max_loss=None)
+        tried = self._corrected(items, measure)
+        kept = [each for each in tried if allowed is None or each[1] <= allowed]
+        smallest = min((mix.size_bytes for mix, _ in kept), default=None)
+        rivals = uniform_rivals(items, costs, below=smallest if self._objective == "size" else None)
+        for rival, loss in zip(rivals, measure([rival.schemes for rival in rivals]) if rivals else (), strict=True):
+            if allowed is None or loss <= allowed:
+                kept.append((rival, loss))
+        if not kept:
+            raise RecipeError(
+                f"a loss of {allowed:.3g} nats per token cannot be kept: the best mix that was found loses "
+                f"{min(loss for _, loss in tried):.3g}. Allow more, raise the other limits, or offer larger schemes."
+            )
+        return min(kept, key=lambda each: each[1] if self._objective == "loss" else each[0].size_bytes)
+
+    def _corrected(self, items: Sequence[Item], measure: Measure) -> list[tuple[Allocation, float]]:
         """Allocate; where quality is limited, until the measured loss is within the limit and close to it."""
-        limits, allowed = self.limits(), self.budget.max_loss
-        objective = "loss" if self.budget.limits_cost else "size"
+        limits, allowed, objective = self.limits(), self.budget.max_loss, self._objective
         allocation = allocate(items, objective=objective, limits=limits)
         measured = measure([allocation.schemes])[0]
-        if allowed is None:
-            return allocation, measured
-        best = (allocation, measured) if measured <= allowed else None
-        predicted = allowed
-        for _ in range(MAX_CORRECTIONS):
+        tried = [(allocation, measured)]
+        for _ in range(0 if allowed is None else MAX_CORRECTIONS):
+            assert allowed is not None
             is_close = measured > allowed * (1 - CLOSE) or objective == "loss"
             if allocation.loss == 0 or (measured <= allowed and is_close):
                 break
             predicted = allocation.loss * allowed / measured
             allocation = allocate(items, objective=objective, limits=replace(limits, max_loss=predicted))
             measured = measure([allocation.schemes])[0]
-            if measured <= allowed and (best is None or allocation.size_bytes < best[0].size_bytes):
-                best = (allocation, measured)
-        if best is None:
-            raise RecipeError(
-                f"a loss of {allowed:.3g} nats per token cannot be kept: the best mix that was found loses "
-                f"{measured:.3g}. Allow more, raise the other limits, or offer larger schemes."
-            )
-        return best
+            tried.append((allocation, measured))
+        return tried
+
+    @property
+    def _objective(self) -> Objective:
+        return "loss" if self.budget.limits_cost else "size"
 
     def found(
         self, items: Sequence[Item], allocation: Allocation, measured: float, start: float, num_measured: int
