@@ -42,15 +42,18 @@ def full(args: argparse.Namespace) -> Row:
     """The row of all weights, trained on the text like the others."""
     import json
     import time
+    from dataclasses import asdict
 
     import torch
 
     from bitwright.process_memory import PeakMemory
     from bitwright.progress import no_progress
     from bitwright.records import write_json_atomic
+    from bitwright.search.model_shape import shape_of_config
     from bitwright.train.engine import fit
     from bitwright.train.heldout import score_in_memory
     from bitwright.train.lora import trainable_ledger
+    from bitwright.train.memory_ledger import Batch, predict_memory
     from bitwright.training_run import load_in_memory
 
     finished = args.work / "full.json"
@@ -60,14 +63,17 @@ def full(args: argparse.Namespace) -> Row:
     windows, heldout = text_of(args).draw(args.model, trust_remote_code=False).read(args.work, "cpu", no_progress)
     model = load_in_memory(args.model, "cpu", torch.float32, trust_remote_code=False)
     before = score_in_memory(model, heldout)
-    fit(model, windows, options_of(args, FULL_RATE_SHARE * args.learning_rate), args.work / "full")
+    curve = fit(model, windows, options_of(args, FULL_RATE_SHARE * args.learning_rate), args.work / "full")
+    shape = shape_of_config(args.model).in_dtype(torch.float32)
+    batch = Batch(num_sequences=args.batch, seqlen=args.seqlen)
     after, ledger = score_in_memory(model, heldout), trainable_ledger(model).total
     row = {
         "row": "full", "kind": "full", "rank": None, "perplexity_before": before.perplexity,
         "perplexity": after.perplexity, "perplexity_stderr": after.perplexity_stderr,
         "heldout_tokens": after.num_tokens, "trainable": ledger.num_trainable, "parameters": ledger.num_total,
-        "memory": {"weights": 4 * ledger.num_total, "gradients": 4 * ledger.num_total},
-        "optimizer_bytes": 8 * ledger.num_total, "peak_memory_bytes": memory.since_bytes,
+        "memory": curve.memory,
+        "predicted_memory": asdict(predict_memory(shape, {}, None, batch)),
+        "peak_memory_bytes": memory.since_bytes,
         "seconds": time.perf_counter() - begun,
     }  # fmt: skip
     write_json_atomic(finished, row)
@@ -98,8 +104,9 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         f"tokens of {c['data']}, which the model has never seen. Judged on {rows[0]['heldout_tokens']} tokens of it "
         f"that are held out. Perplexity before: {rows[0]['perplexity_before']:.2f} (the quantized base has its own). "
         f"alpha is twice the rank; all weights are trained at {FULL_RATE_SHARE:g} of the adapters' learning rate "
-        f"{c['learning_rate']:g}. Weights and adapters are bytes in memory; gradients and AdamW's states are three "
-        f"times the trainable parameters' bytes. {c['note']}",
+        f"{c['learning_rate']:g}. Memory after the first step as counted in the live model, by purpose; predicted: "
+        "the same in all, from the configuration alone (parts but activations are exact); peak growth: of the "
+        f"process, also where it scores. {c['note']}",
         "",
     ]
     for name in by_name:
@@ -108,16 +115,20 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
             lines += [f"- {name} against {other['row']}: perplexity {ratio:+.2%}"]
     lines += [
         "",
-        "| row | trainable | share | perplexity | weights MB | gradients and optimizer MB | peak growth MB | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | trainable | share | perplexity | weights, scales, adapters MB | gradients MB | optimizer MB "
+        "| activations MB | in all | predicted | peak growth MB | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         memory = r["memory"]
-        weights = memory["weights"] + memory.get("scales", 0) + memory.get("adapters", 0)
+        weights = memory["weights"] + memory["scales"] + memory["adapters"]
+        predicted = sum(r["predicted_memory"].values())
         lines.append(
             f"| {r['row']} | {r['trainable']:,} | {r['trainable'] / r['parameters']:.2%} | {r['perplexity']:.3f} ± "
-            f"{r['perplexity_stderr']:.3f} | {weights / 1e6:.2f} | {12 * r['trainable'] / 1e6:.2f} "
-            f"| {r['peak_memory_bytes'] / 1e6:.0f} | {r['seconds']:.0f} |"
+            f"{r['perplexity_stderr']:.3f} | {weights / 1e6:.2f} | {memory['gradients'] / 1e6:.2f} "
+            f"| {memory['optimizer'] / 1e6:.2f} | {memory['activations'] / 1e6:.0f} "
+            f"| {sum(memory.values()) / 1e6:.0f} | {predicted / 1e6:.0f} | {r['peak_memory_bytes'] / 1e6:.0f} "
+            f"| {r['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

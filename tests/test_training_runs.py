@@ -223,6 +223,7 @@ def test_memory_is_predicted_and_measured(
         assert measured["optimizer"] < measured["gradients"] * 2
     for part in ("weights", "scales", "adapters", "gradients", "optimizer"):
         assert predicted[part] == measured[part], part
+    assert measured["activations"] / 2 < predicted["activations"] < measured["activations"] * 2
 
 
 def test_a_command_trains_as_long_and_as_fast_as_its_task() -> None:

@@ -152,11 +152,10 @@ def _predicted(streamed: StreamedModel, task: AdapterTask) -> MemoryLedger:
     if task.scheme is not None:
         plan = decide(streamed, base_recipe(task)).plan
         schemes = {name: entry.effective for name, entry in plan.sites.items()}
-    dense = {name: stored if schemes.get(name) else dtype for name, stored in shape.site_dtypes.items()}
-    kept = tuple(replace(tensor, dtype=dtype) for tensor in shape.kept)
+    packed = {name for name, scheme in schemes.items() if scheme is not None}
     batch = Batch(num_sequences=task.training.batch, seqlen=task.text.seqlen, checkpointing=task.training.checkpointing)
     return predict_memory(
-        replace(shape, kept=kept, site_dtypes=dense), schemes, task.lora, batch, by_group=task.by_group,
+        shape.in_dtype(dtype, packed=packed), schemes, task.lora, batch, by_group=task.by_group,
         optimizer=task.training.optimizer,
     )  # fmt: skip
 

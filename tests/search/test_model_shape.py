@@ -4,6 +4,7 @@ Every count is compared with a model that transformers builds, or with a publish
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,14 @@ def test_layers_that_differ_are_refused(saved: Callable[..., Path]) -> None:
     settings |= {"n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 2, "expert_ffn_hidden_size": 48}
     with pytest.raises(BitwrightError, match=r"LongcatFlashConfig: layers have \[4, 6\] experts"):
         shape_of_config(saved("LongcatFlashConfig", settings | {"ffn_hidden_size": 96}))
+
+
+def test_a_model_loaded_in_another_dtype_is_that_of_a_checkpoint_in_it(tmp_path: Path) -> None:
+    shapes: dict[str, ModelShape] = {}
+    for name in ("bfloat16", "float32"):
+        transformers.LlamaConfig(**BASE, dtype=name).save_pretrained(tmp_path / name)
+        shapes[name] = replace(shape_of_config(tmp_path / name), name="")
+    wide = shapes["bfloat16"].in_dtype(torch.float32)
+    assert wide == shapes["float32"]
+    packed = shapes["bfloat16"].in_dtype(torch.float32, packed={wide.sites[0].name}).site_dtypes
+    assert [dtype for dtype in packed.values() if dtype != torch.float32] == [torch.bfloat16]

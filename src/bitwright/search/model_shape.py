@@ -9,8 +9,8 @@ somewhat fewer experts than the expected number.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,6 +113,14 @@ class ModelShape:
             return 1.0
         chosen, experts = self.routed
         return chosen / experts
+
+    def in_dtype(self, dtype: torch.dtype, *, packed: Collection[str] = ()) -> "ModelShape":
+        """Return the model as it is when it is loaded in another dtype, but for sites whose codes stay packed."""
+        return replace(
+            self, dtype=dtype, head_bytes=self.head_weights * dtype.itemsize,
+            kept=tuple(replace(tensor, dtype=dtype) for tensor in self.kept),
+            site_dtypes={name: each if name in packed else dtype for name, each in self.site_dtypes.items()},
+        )  # fmt: skip
 
     def plan(self, assignment: "Mapping[str, Scheme | None]") -> dict[str, SitePlan]:
         """Return the assignment as a plan; a site that it does not name stays in 16 bit."""

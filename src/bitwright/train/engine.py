@@ -121,9 +121,10 @@ def fit(
     )  # fmt: skip
 
 
-def _measure(file: Path, processes: Processes, model: nn.Module, optimizer: Any) -> None:
+def _measure(file: Path, processes: Processes, model: nn.Module, optimizer: Any, activations: int) -> None:
     if not file.is_file() and processes.is_main:
-        write_json_atomic(file, asdict(measure_memory(model, getattr(optimizer, "optimizer", optimizer))))
+        own = getattr(optimizer, "optimizer", optimizer)
+        write_json_atomic(file, asdict(measure_memory(model, own, activations=activations)))
 
 
 def require_packages(options: TrainingOptions) -> None:

@@ -19,7 +19,7 @@ Legend: T tokens, O out features, I in features, r rank.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class MemoryLedger:
         adapters: their matrices.
         gradients: of everything that is trained.
         optimizer: its states.
-        activations: kept for the backward pass; an estimate in a prediction, 0 where they were not measured.
+        activations: kept for the backward pass; an estimate in a prediction; of shards not measured, and 0.
     """
 
     weights: int
@@ -139,7 +139,7 @@ def measure_memory(model: nn.Module, optimizer: Optimizer | None = None, *, acti
     Args:
         model: with or without adapters.
         optimizer: None counts none.
-        activations: what `measure_activations` found.
+        activations: what `KeptActivations` counted.
     """
     weights, scales, adapters, gradients, seen = 0, 0, 0, 0, set[int]()
     for module in modules_of(model).values():
@@ -172,22 +172,38 @@ def measure_memory(model: nn.Module, optimizer: Optimizer | None = None, *, acti
     )
 
 
-def measure_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Return the bytes that autograd keeps of a forward pass, each piece of memory once, without the parameters."""
-    own_memory = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-    held: list[Tensor] = []
+class KeptActivations:
+    """A context that counts what autograd keeps of forward passes, each piece of memory once, without the parameters.
 
-    def pack(tensor: Tensor) -> Tensor:
+    Args:
+        model: whose parameters and buffers do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        self._kept: dict[int, int] = {}
+        self._held: list[Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that was kept so far."""
+        return sum(self._kept.values())
+
+    def __enter__(self) -> "KeptActivations":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.__exit__()
+        self._held.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own_memory:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor.detach())  # so that no memory is freed and counted again
+        if storage.data_ptr() not in self._own:
+            self._kept[storage.data_ptr()] = storage.nbytes()
+            self._held.append(tensor.detach())  # so that no memory is freed and counted again
         return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(kept.values())
 
 
 def _adapted(

@@ -22,6 +22,7 @@ from bitwright.errors import CheckpointError, TrainingDiverged
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.progress import Progress
 from bitwright.records import append_jsonl
+from bitwright.train.memory_ledger import KeptActivations
 from bitwright.train.objective import Objective
 from bitwright.train.options import ADAMW_8BIT, TrainingOptions
 from bitwright.train.processes import Processes
@@ -43,7 +44,7 @@ class Loop:
     rate: Callable[[str], float]
     after_step: Callable[[int], None]
     processes: Processes
-    measure: Callable[[nn.Module, Any], None]
+    measure: Callable[[nn.Module, Any, int], None]
     progress: Progress
 
 
@@ -75,7 +76,7 @@ class Recorder(TrainerCallback):
     """Keeps the curve, stops where it is not finite, and tells how far training has come."""
 
     def __init__(self, loop: Loop) -> None:
-        self.loop = loop
+        self.loop, self.activations = loop, 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
         """Keep the loss of a step."""
@@ -98,7 +99,7 @@ class Recorder(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         """Measure, while gradients are there."""
-        self.loop.measure(given["model"], given["optimizer"])
+        self.loop.measure(given["model"], given["optimizer"], self.activations)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Tell how far it has come."""
@@ -116,9 +117,10 @@ class Engine(Trainer):
         if options.checkpointing:
             cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         rows = [{"input_ids": window, "index": index} for index, window in enumerate(windows)]
+        self.recorder = Recorder(loop)
         super().__init__(
             model=cast(Any, model), args=_arguments(options, loop.folder, device), train_dataset=cast(Any, rows),
-            callbacks=[Recorder(loop)],
+            callbacks=[self.recorder],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the objective is a mean: the Trainer divides by `accumulation`
@@ -148,7 +150,13 @@ class Engine(Trainer):
         if not self.is_wrapped:
             self.loop.processes.wrapped(model, self.restored)
             self.is_wrapped = True
-        return self.loop.objective(model, inputs["input_ids"].long(), inputs["index"])
+        ids, index = inputs["input_ids"].long(), inputs["index"]
+        if self.recorder.activations or self.loop.processes.shard:  # of shards, gathered weights would count
+            return self.loop.objective(model, ids, index)
+        with KeptActivations(model) as kept:
+            loss = self.loop.objective(model, ids, index)
+        self.recorder.activations = kept.num_bytes
+        return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         target = Path(output_dir or self.args.output_dir or ".")
