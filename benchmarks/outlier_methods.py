@@ -1,4 +1,4 @@
-"""What methods make of activation outliers: W8A8 and W4A4 on the outlier test bed of a model.
+"""What methods make of activation outliers: W8A8, W4A8 and W4A4 on a model and on its outlier test bed.
 
     python benchmarks/outlier_methods.py [--model DIR] [--factor 64] [--out benchmarks/results]
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
     "W8A8": ("rtn", "smoothquant", "llm_int8"),
     "W8A8-static": ("rtn", "smoothquant"),
+    "W4A8": ("rtn", "gptq", "gptaq", "smoothquant+gptq", "rotation+gptq", "rotation+gptaq"),
     "W4A4": ("rtn", "gptq", "hadamard", "rotation", "rotation+gptq"),
 }
 SAMPLES, SEQLEN, WINDOWS = 64, 256, 32
@@ -40,9 +41,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, model in (("original", given.model), ("test bed", bed)):
         for scheme, methods in METHODS.items():
-            wanted = methods if model == bed else ("rtn",)
             found = run_bench(
-                model, work / name.replace(" ", "-"), schemes=[scheme], methods=wanted, text="stdlib:heldout",
+                model, work / name.replace(" ", "-"), schemes=[scheme], methods=methods, text="stdlib:heldout",
                 calibration="stdlib", num_samples=SAMPLES, seqlen=SEQLEN, max_windows=WINDOWS,
             )  # fmt: skip
             rows += [
