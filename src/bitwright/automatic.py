@@ -33,7 +33,7 @@ from bitwright.progress import Progress
 from bitwright.recipe import Plan, Recipe
 from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
-from bitwright.walk import Walk
+from bitwright.walk import Walk, needs_teacher
 
 AUTO, BASELINE = "auto", "gptq"
 CHOICE = "auto.json"
@@ -252,7 +252,7 @@ class _Chooser:
             for name, store in (("expected", gate), ("gate", gate), ("teacher", inputs["calibration"]))
         }
         streams = {"gate": gate, "calibration": inputs["calibration"]}
-        if "teacher" in walk.needs:
+        if needs_teacher(walk.needs):
             streams["teacher"] = inputs["calibration"]
         with self.model.block(index) as block:
             self._run(block, index, gate, outputs["expected"])

@@ -18,7 +18,7 @@ from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.numerics.low_rank import factor_shapes
 from bitwright.recipe import Plan
-from bitwright.walk import needs_of
+from bitwright.walk import needs_of, needs_teacher
 
 DISK_MARGIN = 1.05
 HESSIAN_COPIES = 6
@@ -80,11 +80,12 @@ def estimate(
     hidden = int(getattr(model.skeleton.model.config.get_text_config(), "hidden_size", 0))
     needs = needs_of(plan)
     # Every stream alternates between two files; others hold what finished parts of a block put out (see `replay`).
-    num_hidden = 2 * (num_windows + 2 * num_gate) + num_windows + (2 * num_windows if "teacher" in needs else 0)
+    num_hidden = 2 * (num_windows + 2 * num_gate) + num_windows + (2 * num_windows if needs_teacher(needs) else 0)
     work = num_hidden * seqlen * hidden * model.dtype.itemsize
     if model.device.type == "cpu":
         widest = max((site.in_features for site in sites if plan.sites[site.name].scheme is not None), default=0)
-        work += num_windows * seqlen * (hidden + widest) * model.dtype.itemsize
+        kept = num_windows * seqlen * (hidden + widest) * model.dtype.itemsize
+        work += kept * (2 if "cross" in needs else 1)
     if "guided" in needs:
         work += 4 * guided_groups * num_windows * seqlen * len(plan.quantized)
     models = sum(TRANSFORMS[name].apply_model is not None for name in transforms)

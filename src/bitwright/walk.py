@@ -49,11 +49,13 @@ GUIDED = "guided.safetensors"
 
 
 def needs_of(plan: Plan) -> frozenset[Need]:
-    """What the methods of a plan must be given; a block's outputs before quantization wherever its inputs are."""
-    needs: set[Need] = {need for entry in plan.sites.values() for need in needs_of_site(entry)}
-    if "cross" in needs:
-        needs.add("teacher")
-    return frozenset(needs)
+    """What the methods of a plan must be given."""
+    return frozenset(need for entry in plan.sites.values() for need in needs_of_site(entry))
+
+
+def needs_teacher(needs: frozenset[Need]) -> bool:
+    """Whether the calibration text must also go through the unquantized blocks."""
+    return bool(needs & {"teacher", "cross"})
 
 
 def needs_gradients(method: str | None) -> bool:
@@ -98,7 +100,7 @@ class Walk:
         self.progress = progress
         self.needs = needs_of(plan)
         self.texts = {"calibration": calibration, "gate": gate, "reference": gate}
-        if "teacher" in self.needs:
+        if needs_teacher(self.needs):
             self.texts["teacher"] = calibration
         if calibration.shape[0] == 0:
             del self.texts["calibration"]
@@ -165,6 +167,9 @@ class Walk:
             if "calibration" in streams and index + 1 < self.model.num_blocks:
                 source, target = streams["calibration"], following["calibration"]
                 self._propagate(self.model, block, index, source, target, stage.replay)
+                if stage.teacher is not None and "teacher" not in self.needs:
+                    source, target = streams["teacher"], following["teacher"]
+                    self._propagate(self.model, stage.teacher, index, source, target, stage.teacher_replay)
             written = self.writer.write_shard(
                 index, self.model.skeleton.stored_names(name), results, self._edited(stage)
             )
@@ -183,7 +188,7 @@ class Walk:
             block: in memory; changed.
             index: which.
             streams: hidden states that enter it: `gate`, and `calibration` and `teacher` where methods need them.
-            following: `teacher` is filled.
+            following: `teacher` is filled where methods need what the unquantized block puts out.
         Returns:
             the stage, what became of each site and how, and E[x²] of the leader of each group.
         """
@@ -226,8 +231,10 @@ class Walk:
             if apply is not None:
                 apply(stage)
         if "teacher" in streams:
-            self._propagate(self.model, block, index, streams["teacher"], following["teacher"])
-            stage.teacher_inputs, stage.targets = streams["teacher"], following["teacher"]
+            stage.teacher_inputs = streams["teacher"]
+            if "teacher" in self.needs:
+                self._propagate(self.model, block, index, streams["teacher"], following["teacher"])
+                stage.targets = following["teacher"]
             if "cross" in self.needs:
                 stage.teacher = deepcopy(block)
         methods = {entry.method for site in stage.sites if (entry := self.plan.sites[site]).method is not None}
@@ -236,8 +243,13 @@ class Walk:
             count = stage.inputs.shape[0]
             # An accelerator computes a product sooner than a disk gives its input back.
             on_cpu = self.model.device.type == "cpu"
-            stage.replay = Replay(block, stage.name, structure.sites, self.run.work, count, keep_inputs=on_cpu)
-            stage.replay.finish(site for site in stage.sites if stage.planned(site) is None)
+            start = partial(
+                Replay, prefix=stage.name, sites=structure.sites, folder=self.run.work, num_windows=count,
+                keep_inputs=on_cpu,
+            )  # fmt: skip
+            stage.replay = start(block)
+            stage.teacher_replay = None if stage.teacher is None else start(stage.teacher, file="teacher-replay")
+            stage.finish(site for site in stage.sites if stage.planned(site) is None)
         return stage
 
     def _solve(self, stage: BlockStage, moments: dict[str, Tensor]) -> Iterator[tuple[Site, QuantizedSite, SiteResult]]:
@@ -254,8 +266,7 @@ class Walk:
                 together.update({name: stats[name] for name in waiting})
                 members = [sites[name] for name in group if name not in waiting]
                 yield from self.solver.solve(stage, members, stats[group[0]])
-            if stage.replay is not None:
-                stage.replay.finish(name for group in groups for name in group)
+            stage.finish(name for group in groups for name in group)
         yield from self.solver.solve_block(stage, [sites[name] for name in together], together)
 
     def _edited(self, stage: BlockStage) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Replayed outputs are the ones that a new run would give, and only finished parts are replayed."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from bitwright.model.replay import Replay
 from bitwright.model.sites import Site, block_sites
+from bitwright.pipeline import quantize
+from bitwright.recipe import Recipe
 
 WIDTH, NUM_WINDOWS = 8, 5
 ATTENTION, MLP = {"b.attention.q", "b.attention.o"}, {"b.mlp.up", "b.mlp.down"}
@@ -139,3 +142,17 @@ def test_all_that_is_left_of_a_part_is_its_last_product(kind: type[Part], beside
     assert block.attention.num_runs == (1 if kind is Part else 3)
     assert torch.equal(run(block, replay, x), expected)
     assert block.attention.num_runs == (1 if kind is Part else 3)
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_a_run_that_replays_leaves_the_weights_of_one_that_does_not(
+    method: str, tiny_llama_dir: Path, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text)
+    calibration = {"text": str(text), "num_samples": 4, "seqlen": 128}
+    recipe = Recipe.from_mapping({"scheme": "W3A16-g32", "method": method, "calibration": calibration, "max_kl": 100.0})
+    replayed = quantize(tiny_llama_dir, recipe, tmp_path / "replayed")
+    monkeypatch.setattr(Replay, "batch", lambda *_: nullcontext())
+    plain = quantize(tiny_llama_dir, recipe, tmp_path / "plain")
+    assert replayed.results["result_hash"] == plain.results["result_hash"]

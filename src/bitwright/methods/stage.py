@@ -92,6 +92,7 @@ class BlockStage:
         teacher: the block as the transforms left it, unquantized; None unless a method needs it.
         teacher_inputs: [N, T, D] what enters the teacher; None likewise.
         replay: outputs of parts that are finished, for `collect`; None while everything may still change.
+        teacher_replay: the same of the teacher, which finishes what is not asked for any more.
         input_transforms: site -> what happens to its inputs before they are quantized.
         float_columns: site -> [k] int64, columns that stay floats.
         edited: full names of the parameters that transforms have changed.
@@ -114,6 +115,7 @@ class BlockStage:
     teacher: nn.Module | None = None
     teacher_inputs: Activations | None = None
     replay: Replay | None = None
+    teacher_replay: Replay | None = None
     input_transforms: dict[str, InputTransform] = field(default_factory=dict[str, InputTransform])
     float_columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     edited: set[str] = field(default_factory=set[str])
@@ -196,14 +198,21 @@ class BlockStage:
             quantizers=quantizers, teacher=teacher, weights=weights,
         )  # fmt: skip
 
+    def finish(self, sites: Iterable[str]) -> None:
+        """Say that the weights of these sites will not change any more and that their inputs are not asked for."""
+        names = list(sites)
+        for replay in (self.replay, self.teacher_replay):
+            if replay is not None:
+                replay.finish(names)
+
     def _replay_batches(self) -> Iterator[Callable[[], Tensor]]:
         """Like `run_batches`; finished parts of the block, if any, need not run again."""
         for start, end in self.batches():
-            yield partial(self._run_replayed, start, self.hidden(start, end))
+            yield partial(self._run_replayed, self.block, self.replay, start, self.hidden(start, end))
 
-    def _run_replayed(self, start: int, hidden: Tensor) -> Tensor:
-        with nullcontext() if self.replay is None else self.replay.batch(start):
-            return self.model.run_block(self.block, self.index, hidden)
+    def _run_replayed(self, block: nn.Module, replay: Replay | None, start: int, hidden: Tensor) -> Tensor:
+        with nullcontext() if replay is None else replay.batch(start):
+            return self.model.run_block(block, self.index, hidden)
 
     def _run_teacher(self) -> Iterator[Callable[[], Tensor]]:
         """Yield one call per batch, which runs the unquantized block on what enters it in the unquantized model."""
@@ -211,7 +220,7 @@ class BlockStage:
         assert self.teacher_inputs is not None
         for start, end in self.batches():
             hidden = self.teacher_inputs.read(start, end, self.model.device)
-            yield partial(self.model.run_block, self.teacher, self.index, hidden)
+            yield partial(self._run_replayed, self.teacher, self.teacher_replay, start, hidden)
 
     def fold(self, edge: Edge, scale: Tensor) -> None:
         """Multiply the producer's channels by `scale` [S] and divide the consumers' columns by it.

@@ -35,6 +35,7 @@ class Replay:
         folder: where outputs are kept; a block takes over the files of the one before it.
         num_windows: of the text.
         keep_inputs: also keep the inputs of last products.
+        file: how the names of its files begin.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class Replay:
         num_windows: int,
         *,
         keep_inputs: bool = True,
+        file: str = "replay",
     ) -> None:
-        self._block, self._folder, self._num_windows = block, folder, num_windows
+        self._block, self._folder, self._file, self._num_windows = block, folder, file, num_windows
         self._left = {site.name: site.parameter[len(prefix) + 1 :] for site in sites}  # not finished
         self._weights = set(self._left.values())
         self._keep_inputs = keep_inputs
@@ -106,7 +108,7 @@ class Replay:
 
     def _new_store(self) -> "_Store":
         self._num_files += 1
-        return _Store(self._folder / f"replay-{self._num_files - 1}.bin", self._num_windows)
+        return _Store(self._folder / f"{self._file}-{self._num_files - 1}.bin", self._num_windows)
 
 
 class _Store:
