@@ -11,7 +11,7 @@ from bitwright.reports.channels import ChannelFact
 from bitwright.reports.entries import Figure, is_finite
 from bitwright.reports.facts import BlockFact, SiteFact
 from bitwright.reports.findings import TrialFact
-from bitwright.reports.plotting import Chart, block_axis, compact, drawable, framed, plain, series
+from bitwright.reports.plotting import Chart, block_axis, compact, drawable, framed, log_axis, plain, series
 from bitwright.reports.training import StepFact, Training, levels, loss_name
 
 MEASURES = {"output_sqnr_db": "output", "weight_sqnr_db": "weights"}
@@ -92,7 +92,7 @@ def channel_chart(
         trace = series("scatter", x, [drawable(fact.ratio) for fact in facts], labels, colour=index)
         traces.append({**trace, "mode": "markers", "name": plain(kind)})
     chart = framed(traces, block_axis(len(block_order)), "Loudest over median")
-    chart["layout"]["yaxis"].update(type="log", exponentformat="none", dtick="D2")
+    chart["layout"]["yaxis"].update(log_axis([y for trace in traces for y in trace["y"] if y]))
     chart["layout"]["showlegend"] = True
     return chart
 
@@ -118,7 +118,7 @@ def trial_chart(trials: Sequence[TrialFact], block_order: Mapping[str, int]) -> 
                 trace["marker"] = {**trace["marker"], "symbol": "x-thin-open", "size": 9}
             traces.append({**trace, "mode": "markers", "name": plain(title)})
     chart = framed(traces, block_axis(len(block_order)), "Error of the block's output")
-    chart["layout"]["yaxis"].update(type="log", exponentformat="none", dtick="D2")
+    chart["layout"]["yaxis"].update(log_axis([y for trace in traces for y in trace["y"] if y]))
     chart["layout"]["showlegend"] = True
     return chart
 

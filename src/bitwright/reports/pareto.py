@@ -6,7 +6,7 @@ from typing import Any
 
 from bitwright.reports import wording
 from bitwright.reports.entries import Figure, is_finite
-from bitwright.reports.plotting import Chart, framed, plain, series
+from bitwright.reports.plotting import Chart, framed, log_axis, plain, series
 
 # Title of a figure's axis, and whether its scale is always logarithmic.
 AXES = {
@@ -51,9 +51,7 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]], x: str = "bits_per_weight") 
     if x.endswith("bytes"):
         axis["exponentformat"] = "SI"
     chart = framed([frontier, points], axis, "KL divergence (nats/token)")
-    losses = [math.log10(row["kl_mean"]) for row in drawn]
-    dtick = "D2" if losses and max(losses) - min(losses) < 2 else 1  # D2: at 1, 2 and 5
-    chart["layout"]["yaxis"].update(type="log", dtick=dtick, exponentformat="none", **_padded(losses))
+    chart["layout"]["yaxis"].update(log_axis([row["kl_mean"] for row in drawn], room=0.22))
     return chart
 
 
@@ -96,9 +94,7 @@ def _figure_axis(values: Sequence[float], name: str) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": title}}
     ratio = max(values) / min(values) if values else 1.0
     if always or ratio > 10:
-        axis.update(type="log", exponentformat="SI" if name.endswith("bytes") else "none")
-        if ratio > 10:
-            axis["dtick"] = 1 if ratio > 100 else "D2"
+        axis.update(log_axis(values, label=wording.size if name.endswith("bytes") else wording.number))
     return axis
 
 

@@ -6,13 +6,20 @@ the reader turns the page dark or prints it.
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from bitwright.reports import wording
 from bitwright.reports.entries import Figure, is_finite
 
 Chart = dict[str, Any]
 NUM_COLOURS = 8
+_FEWEST_TICKS = 3
+_LOG_STEPS = (
+    (1.0,), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10))), tuple(step / 2 for step in range(2, 20)),
+    tuple(step / 20 for step in range(20, 200)),
+)  # fmt: skip
+"""Where the ticks of a decade may stand, from far apart to close."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down", "star")
 
 
@@ -35,6 +42,30 @@ def block_axis(num_blocks: int) -> dict[str, Any]:
     """Whole block numbers, with half a block of air at either end."""
     step = max(1, 10 ** math.ceil(math.log10(max(num_blocks, 1) / 15)))
     return {"title": {"text": "Block"}, "range": [-0.5, max(num_blocks, 1) - 0.5], "tick0": 0, "dtick": step}
+
+
+def log_axis(
+    values: Sequence[float], *, room: float = 0.05, label: Callable[[float], str] = wording.number
+) -> dict[str, Any]:
+    """A logarithmic axis over positive values, with whole figures at its ticks: plotly would write 2 for 0.2.
+
+    Args:
+        values: that are drawn.
+        room: at either end, as a share of what they span.
+        label: of a tick.
+    """
+    axis: dict[str, Any] = {"type": "log"}
+    if not values:
+        return axis
+    ends = [math.log10(min(values)), math.log10(max(values))]
+    margin = room * (ends[1] - ends[0]) or 0.3
+    low, high = ends[0] - margin, ends[1] + margin
+    decades, ticks = range(math.floor(low), math.ceil(high)), list[float]()
+    for steps in _LOG_STEPS:
+        ticks = [x for decade in decades for step in steps if low <= math.log10(x := step * 10.0**decade) <= high]
+        if len(ticks) >= _FEWEST_TICKS:
+            break
+    return {**axis, "range": [low, high], "tickvals": ticks, "ticktext": [label(float(f"{x:.3g}")) for x in ticks]}
 
 
 def drawable(value: Figure) -> float | None:
