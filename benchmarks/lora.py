@@ -56,7 +56,7 @@ def full(args: argparse.Namespace) -> Row:
     from bitwright.train.memory_ledger import Batch, predict_memory
     from bitwright.training_run import load_in_memory
 
-    finished = args.work / "full.json"
+    finished = args.work / "all-weights.json"
     if finished.is_file():
         return json.loads(finished.read_text(encoding="utf-8"))
     begun, memory = time.perf_counter(), PeakMemory()

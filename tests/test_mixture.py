@@ -19,6 +19,7 @@ from bitwright.preparation import open_model
 from bitwright.recipe import Calibration, Recipe, Rule, resolve
 from bitwright.records import read_jsonl
 from bitwright.schemes import Scheme
+from bitwright.search.choices import ChoiceBench
 from bitwright.search.fused import export_violations, fusion_violations
 
 MENU = ("W2A16-g32", "W4A16-g32", "W8A16-g32")
@@ -91,7 +92,9 @@ def test_a_loss_that_is_allowed_is_kept_and_the_smallest_mix_is_taken(make: Make
     assert loose.size_bytes <= strict.size_bytes
 
 
-@pytest.mark.parametrize("budget", [{"average_bits": 5.1}, {"max_kl": 1e-4}], ids=str)
+@pytest.mark.parametrize(
+    "budget", [{"average_bits": 5.1}, {"max_kl": 1e-4}, {"average_bits": 5.1, "max_kl": 1e-4}], ids=str
+)
 def test_a_mix_that_its_scores_flatter_gives_way_to_one_scheme_for_all(
     make: Make, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,10 +114,17 @@ def test_a_mix_that_its_scores_flatter_gives_way_to_one_scheme_for_all(
     for schemes, loss in zip(everywhere, losses, strict=True):
         size = search.size_bytes(list(schemes), next(iter(schemes.values())))
         bits = 8 * size / sum(site.out_features * site.in_features for site in search.sites)
-        if bits <= budget.get("average_bits", 0):
+        if "average_bits" not in budget:
+            assert found.average_bits <= bits or loss > budget["max_kl"]
+        elif bits <= budget["average_bits"]:
             assert found.measured_loss <= loss
-        if loss <= budget.get("max_kl", 0):
-            assert found.average_bits <= bits
+    assert found.measured_loss <= budget.get("max_kl", 1.0)
+
+
+def test_what_a_search_has_measured_it_does_not_measure_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(max_kl=1e-4).run(rounds=1, offspring=2)
+    monkeypatch.setattr(ChoiceBench, "divergences", lambda *_: pytest.fail("measured again"))
+    assert make(max_kl=1e-4).run(rounds=1, offspring=2) == first
 
 
 def test_an_impossible_budget_says_what_binds_and_what_can_be_reached(make: Make) -> None:

@@ -139,6 +139,7 @@ def _train(
     results = {
         "kind": "distill",
         "data": task.text.data,
+        "labels": task.labels,
         "perplexity_teacher": score_in_memory(teacher, heldout).perplexity,
         "perplexity_before": before.perplexity,
         "perplexity": after.perplexity,

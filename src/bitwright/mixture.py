@@ -39,9 +39,10 @@ from bitwright.search.cost import memory, resident_bytes, site_latency, speed
 from bitwright.search.frontier import frontier
 from bitwright.search.fused import fused_sets
 from bitwright.search.menus import default_menu
+from bitwright.search.meter import Assignment, Meter
 from bitwright.search.model_shape import ModelShape, shape_of_model
 from bitwright.search.polish import polish
-from bitwright.search.rivals import uniform_rivals
+from bitwright.search.rivals import faithful_rivals, small_rivals
 from bitwright.search.sensitivity import Sensitivity, measure_sensitivity
 from bitwright.search.stored_size import exported_bytes, site_bytes
 
@@ -51,7 +52,7 @@ MAX_CORRECTIONS = 4
 CLOSE = 0.02
 """Of the limit: how near a corrected loss comes to it before the search is content."""
 
-Measure = Callable[[Sequence[Mapping[str, str | None]]], list[float]]
+Measure = Callable[[Sequence[Assignment]], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,16 +161,16 @@ class Search:
         self.sensitivity = self.scores()
         items = self.items(self.sensitivity)
         with self.measuring() as measure:
-            allocation, start = self._start(items, measure)
+            cache = self.folder / self._cache_name()
+            allocation = self._start(items, Meter(lambda mix: measure([mix])[0], cache).loss)
             limits = self.limits()
             if self.budget.max_loss is not None and not self.budget.limits_cost:
                 limits = replace(limits, max_size_bytes=float(allocation.size_bytes))
             done = polish(
                 allocation, items, lambda mix: measure([mix])[0], limits=replace(limits, max_loss=None),
-                offspring=offspring, rounds=rounds, seed=seed, cache=self.folder / self._cache_name(),
-                progress=self.progress,
+                offspring=offspring, rounds=rounds, seed=seed, cache=cache, progress=self.progress,
             )  # fmt: skip
-        return self.found(items, done.allocation, done.measured_loss, start, done.num_measured)
+        return self.found(items, done.allocation, done.measured_loss, done.start_loss, done.num_measured)
 
     def scores(self) -> Sensitivity:
         """What each site loses in each scheme of the menu; those that the folder has are not measured again."""
@@ -274,42 +275,41 @@ class Search:
     def _with_addends(self, shape: ModelShape, sites: Collection[str]) -> ModelShape:
         return replace(shape, ranks={**shape.ranks, **dict.fromkeys(sites, self.recipe.low_rank.rank)})
 
-    def _start(self, items: Sequence[Item], measure: Measure) -> tuple[Allocation, float]:
-        """The best of the measured: mixes by their sums, and one scheme for all. Returns its measured loss besides.
+    def _start(self, items: Sequence[Item], loss_of: Callable[[Assignment], float]) -> Allocation:
+        """The best by measured losses among mixes that are the best by their sums, and one scheme for all.
 
         Raises:
             RecipeError: nothing keeps the limits.
         """
-        allowed, costs = self.budget.max_loss, replace(self.limits(), max_loss=None)
-        tried = self._corrected(items, measure)
-        kept = [each for each in tried if allowed is None or each[1] <= allowed]
-        smallest = min((mix.size_bytes for mix, _ in kept), default=None)
-        rivals = uniform_rivals(items, costs, below=smallest if self._objective == "size" else None)
-        for rival, loss in zip(rivals, measure([rival.schemes for rival in rivals]) if rivals else (), strict=True):
-            if allowed is None or loss <= allowed:
-                kept.append((rival, loss))
+        allowed = self.budget.max_loss
+        tried = self._mixes(items, loss_of)
+        if self._objective == "size" and allowed is not None:
+            tried += small_rivals(items, allowed)
+        else:
+            tried += faithful_rivals(items, replace(self.limits(), max_loss=None))
+        kept = [each for each in tried if allowed is None or loss_of(each.schemes) <= allowed]
         if not kept:
+            least = min(loss_of(each.schemes) for each in tried)
             raise RecipeError(
                 f"a loss of {allowed:.3g} nats per token cannot be kept: the best mix that was found loses "
-                f"{min(loss for _, loss in tried):.3g}. Allow more, raise the other limits, or offer larger schemes."
+                f"{least:.3g}. Allow more, raise the other limits, or offer larger schemes."
             )
-        return min(kept, key=lambda each: each[1] if self._objective == "loss" else each[0].size_bytes)
+        if self._objective == "loss":
+            return min(kept, key=lambda each: loss_of(each.schemes))
+        return min(kept, key=lambda each: each.size_bytes)
 
-    def _corrected(self, items: Sequence[Item], measure: Measure) -> list[tuple[Allocation, float]]:
-        """Allocate; where quality is limited, until the measured loss is within the limit and close to it."""
-        limits, allowed, objective = self.limits(), self.budget.max_loss, self._objective
-        allocation = allocate(items, objective=objective, limits=limits)
-        measured = measure([allocation.schemes])[0]
-        tried = [(allocation, measured)]
-        for _ in range(0 if allowed is None else MAX_CORRECTIONS):
-            assert allowed is not None
-            is_close = measured > allowed * (1 - CLOSE) or objective == "loss"
-            if allocation.loss == 0 or (measured <= allowed and is_close):
+    def _mixes(self, items: Sequence[Item], loss_of: Callable[[Assignment], float]) -> list[Allocation]:
+        """Allocate; where only quality is limited, until the measured loss is within the limit and close to it."""
+        costs, allowed = replace(self.limits(), max_loss=None), self.budget.max_loss
+        if self._objective == "loss" or allowed is None:
+            return [allocate(items, objective=self._objective, limits=costs)]
+        tried = [allocate(items, objective="size", limits=replace(costs, max_loss=allowed))]
+        for _ in range(MAX_CORRECTIONS):
+            last, measured = tried[-1], loss_of(tried[-1].schemes)
+            if last.loss == 0 or allowed * (1 - CLOSE) < measured <= allowed:
                 break
-            predicted = allocation.loss * allowed / measured
-            allocation = allocate(items, objective=objective, limits=replace(limits, max_loss=predicted))
-            measured = measure([allocation.schemes])[0]
-            tried.append((allocation, measured))
+            predicted = last.loss * allowed / measured
+            tried.append(allocate(items, objective="size", limits=replace(costs, max_loss=predicted)))
         return tried
 
     @property

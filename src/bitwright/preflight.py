@@ -81,6 +81,7 @@ def estimate(
     needs = needs_of(plan)
     # Every stream alternates between two files; others hold what finished parts of a block put out (see `replay`).
     num_hidden = 2 * (num_windows + 2 * num_gate) + num_windows + (2 * num_windows if needs_teacher(needs) else 0)
+    num_hidden += num_windows if "cross" in needs else 0
     work = num_hidden * seqlen * hidden * model.dtype.itemsize
     if model.device.type == "cpu":
         widest = max((site.in_features for site in sites if plan.sites[site.name].scheme is not None), default=0)

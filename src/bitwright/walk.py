@@ -243,12 +243,12 @@ class Walk:
             count = stage.inputs.shape[0]
             # An accelerator computes a product sooner than a disk gives its input back.
             on_cpu = self.model.device.type == "cpu"
-            start = partial(
+            replay_of = partial(
                 Replay, prefix=stage.name, sites=structure.sites, folder=self.run.work, num_windows=count,
                 keep_inputs=on_cpu,
             )  # fmt: skip
-            stage.replay = start(block)
-            stage.teacher_replay = None if stage.teacher is None else start(stage.teacher, file="teacher-replay")
+            stage.replay = replay_of(block)
+            stage.teacher_replay = None if stage.teacher is None else replay_of(stage.teacher, file="teacher-replay")
             stage.finish(site for site in stage.sites if stage.planned(site) is None)
         return stage
 

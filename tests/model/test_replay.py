@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitwright.model.replay import Replay
+from bitwright.model.replay import Replay, _Store
 from bitwright.model.sites import Site, block_sites
 from bitwright.pipeline import quantize
 from bitwright.recipe import Recipe
@@ -150,9 +150,15 @@ def test_a_run_that_replays_leaves_the_weights_of_one_that_does_not(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(tiny_text)
-    calibration = {"text": str(text), "num_samples": 4, "seqlen": 128}
+    calibration = {"text": str(text), "num_samples": 40, "seqlen": 64}  # more than a batch
     recipe = Recipe.from_mapping({"scheme": "W3A16-g32", "method": method, "calibration": calibration, "max_kl": 100.0})
+    read: set[str] = set()
+    monkeypatch.setattr(
+        _Store, "read", lambda self, *args, own=_Store.read: (read.add(self._path.name), own(self, *args))[1]
+    )
     replayed = quantize(tiny_llama_dir, recipe, tmp_path / "replayed")
+    assert any(name.startswith("replay-") for name in read)
+    assert any(name.startswith("teacher-replay-") for name in read) == (method == "gptaq")
     monkeypatch.setattr(Replay, "batch", lambda *_: nullcontext())
     plain = quantize(tiny_llama_dir, recipe, tmp_path / "plain")
     assert replayed.results["result_hash"] == plain.results["result_hash"]

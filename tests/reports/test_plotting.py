@@ -8,7 +8,21 @@ from bitwright.reports import wording
 from bitwright.reports.plotting import log_axis
 
 
-@pytest.mark.parametrize("values", [[0.161, 0.234], [0.2], [1e-5, 3e-2, 0.5], [0.3, 0.31], [12.0, 700.0], [0.95, 1.05]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.161, 0.234],
+        [0.2],
+        [1e-5, 3e-2, 0.5],
+        [0.3, 0.31],
+        [12.0, 700.0],
+        [0.95, 1.05],
+        [0.0123, 0.0124],
+        [0.2, 0.2000001],
+        [0.105, 0.195],
+        [0.30, 0.302],
+    ],
+)
 def test_a_logarithmic_axis_has_ticks_inside_it_and_writes_them_out(values: list[float]) -> None:
     axis = log_axis(values)
     low, high = (10**end for end in axis["range"])

@@ -191,6 +191,13 @@ def test_the_run_of_the_codes_reports_the_same_training(example_class: Any, tmp_
         ),
         ({"loss": "cross_entropy", "perplexity_original": None}, {"post-training quantization": math.log(14.0)}),
         ({"temperature": 2.0}, {"full precision": 0.0}),
+        (
+            {"labels": 0.25},
+            {
+                "post-training quantization": 0.75 * 0.04 + 0.25 * math.log(14.0),
+                "full precision": 0.25 * math.log(10.0),
+            },
+        ),
         ({"start": "original"}, {"before training": 0.04, "full precision": 0.0}),
         ({"kl_before": None}, {"full precision": 0.0}),
         ({"loss": "something new"}, {}),

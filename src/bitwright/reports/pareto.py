@@ -51,7 +51,7 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]], x: str = "bits_per_weight") 
     if x.endswith("bytes"):
         axis["exponentformat"] = "SI"
     chart = framed([frontier, points], axis, "KL divergence (nats/token)")
-    chart["layout"]["yaxis"].update(log_axis([row["kl_mean"] for row in drawn], room=0.22))
+    chart["layout"]["yaxis"].update(log_axis(_ends(drawn, "kl_mean"), room=0.22))
     return chart
 
 
@@ -76,15 +76,16 @@ def grid_chart(rows: Sequence[Mapping[str, Any]], x: str, y: str, reference: Map
         bars = _error_bars(of_method, y, trace["marker"]["color"])
         trace["marker"]["size"] = 9
         traces.append({**trace, "mode": "markers", "name": plain(method), "error_y": bars})
-    across, up = _figure_axis([row[x] for row in drawn], x), _figure_axis([row[y] for row in drawn], y)
-    chart = framed(traces, across, AXES[y][0])
-    chart["layout"]["yaxis"].update(up)
-    chart["layout"]["showlegend"] = True
     level = reference.get(y)
-    if _is_positive(level):
+    reach = _ends(drawn, y)
+    chart = framed(traces, _figure_axis([row[x] for row in drawn], x), AXES[y][0])
+    chart["layout"]["showlegend"] = True
+    if level is not None and _is_positive(level):
+        reach.append(level)
         line = {"color": "--soft", "width": 1, "dash": "dash"}
         span = {"xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level}
         chart["layout"]["shapes"] = [{"type": "line", "line": line, **span}]
+    chart["layout"]["yaxis"].update(_figure_axis(reach, y))
     return chart
 
 
@@ -113,21 +114,32 @@ def _frontier_trace(best: Sequence[Mapping[str, Any]], x: str, y: str, *, colour
     return {**trace, "mode": "lines", "hoverinfo": "skip", "showlegend": False, "line": line}
 
 
-def _padded(values: Sequence[float], *, alone: float | None = None) -> dict[str, Any]:
+def _padded(values: Sequence[float], *, alone: float) -> dict[str, Any]:
     """An axis range with room for the labels beside the outermost points; `alone`: as a share of a single value."""
     if not values:
         return {}
-    room = 0.22 * (max(values) - min(values)) or (1.0 if alone is None else alone * abs(values[0])) or 1.0
+    room = 0.22 * (max(values) - min(values)) or alone * abs(values[0]) or 1.0
     return {"range": [min(values) - room, max(values) + room]}
 
 
 def _error_bars(rows: Sequence[Mapping[str, Any]], name: str, colour: str) -> dict[str, Any]:
     """Standard errors; downwards they end above zero, which a log scale does not have."""
-    stderr = ERRORS[name]
-    errors = [row[stderr] if is_finite(row.get(stderr)) else 0.0 for row in rows]
-    down = [min(error, 0.9 * row[name]) for error, row in zip(errors, rows, strict=True)]
+    errors, down = _errors(rows, name)
     bars = {"type": "data", "symmetric": False, "array": errors, "arrayminus": down}
     return {**bars, "color": colour, "thickness": 1, "width": 3}
+
+
+def _errors(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Standard errors upwards and downwards."""
+    stderr = ERRORS[name]
+    errors = [row[stderr] if is_finite(row.get(stderr)) else 0.0 for row in rows]
+    return errors, [min(error, 0.9 * row[name]) for error, row in zip(errors, rows, strict=True)]
+
+
+def _ends(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """How far figures and their bars reach, up and down."""
+    up, down = _errors(rows, name) if name in ERRORS else ([0.0] * len(rows), [0.0] * len(rows))
+    return [end for row, more, less in zip(rows, up, down, strict=True) for end in (row[name] + more, row[name] - less)]
 
 
 def _spread_bars(rows: Sequence[Mapping[str, Any]], name: str, colour: str) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from bitwright.reports.entries import Figure, is_finite
 Chart = dict[str, Any]
 NUM_COLOURS = 8
 _FEWEST_TICKS = 3
+_LEAST_ROOM, _ROOM_ALONE = 0.05, 0.3  # decades at either end
 _LOG_STEPS = (
     (1.0,), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10))), tuple(step / 2 for step in range(2, 20)),
+    tuple(step / 5 for step in range(5, 50)), tuple(step / 10 for step in range(10, 100)),
     tuple(step / 20 for step in range(20, 200)),
 )  # fmt: skip
 """Where the ticks of a decade may stand, from far apart to close."""
@@ -58,7 +60,8 @@ def log_axis(
     if not values:
         return axis
     ends = [math.log10(min(values)), math.log10(max(values))]
-    margin = room * (ends[1] - ends[0]) or 0.3
+    span = ends[1] - ends[0]
+    margin = max(room * span, _LEAST_ROOM) if span else _ROOM_ALONE
     low, high = ends[0] - margin, ends[1] + margin
     decades, ticks = range(math.floor(low), math.ceil(high)), list[float]()
     for steps in _LOG_STEPS:

@@ -30,6 +30,7 @@ class TrainingFact:
         loss: kl (from the original model, or the teacher) or cross_entropy.
         start: original where training began at the weights themselves, not at what another method made of them.
         temperature: of the kl loss; None is 1.
+        labels: share of the text's cross-entropy in the kl loss; None is 0.
         perplexity_original: of the model in full precision, or of the teacher.
         perplexity_before: of the model that training began with.
         trainable: numbers that were trained, of `parameters`.
@@ -41,6 +42,7 @@ class TrainingFact:
     loss: str
     start: str
     temperature: Figure
+    labels: Figure
     rank: Figure
     perplexity_original: Figure
     perplexity_before: Figure
@@ -129,6 +131,7 @@ def read_training(records: Records, task: Mapping[str, Any]) -> Training | None:
         "perplexity_original": record.get("perplexity_teacher"),
         "start": task.get("start"),
         "temperature": task.get("temperature"),
+        "labels": task.get("labels"),
     }
     steps = {fact.step: fact for fact in records.read(StepFact, "training_step") if is_finite(fact.step)}
     return Training(
@@ -145,7 +148,8 @@ def name(training: Training) -> str:
 
 def loss_name(training: Training) -> str:
     """What the loss is; empty where this version does not know it."""
-    return LOSSES.get(training.figures.loss, "")
+    kind, labels = LOSSES.get(training.figures.loss, ""), training.figures.labels
+    return f"{kind} with {wording.percent(labels, 0)} cross-entropy" if kind and labels else kind
 
 
 def target(training: Training) -> str:
@@ -176,7 +180,11 @@ def levels(training: Training) -> list[tuple[str, float]]:
     found: list[tuple[str, Figure]] = []
     if f.loss == "kl":
         # At another temperature the loss of equal models is still 0, but no other divergence can be compared with it.
-        found = [(before, f.kl_before if f.temperature in (None, 1.0) else None), (best, 0.0)]
+        share, comparable = f.labels or 0.0, f.temperature in (None, 1.0)
+        found = [
+            (before, _mixed(f.kl_before, f.perplexity_before, share) if comparable else None),
+            (best, _mixed(0.0, f.perplexity_original, share)),
+        ]
     elif loss_name(training):
         found = [(before, _log(f.perplexity_before)), (best, _log(f.perplexity_original))]
     return [(label, value) for label, value in found if value is not None and math.isfinite(value)]
@@ -240,6 +248,14 @@ def _share(part: float, whole: Figure) -> str:
     if whole is None or not (math.isfinite(whole) and whole > 0):
         return wording.count(part)
     return f"{wording.count(part)} of {wording.count(whole)} ({wording.percent(part / whole, 2)})"
+
+
+def _mixed(divergence: Figure, perplexity: Figure, share: float) -> Figure:
+    """The loss of which so much is the text's cross-entropy."""
+    if not share or divergence is None:
+        return divergence
+    text = _log(perplexity)
+    return None if text is None else (1 - share) * divergence + share * text
 
 
 def _log(perplexity: Figure) -> Figure:

@@ -118,7 +118,7 @@ class ModelShape:
         """Return the model as it is when it is loaded in another dtype, but for sites whose codes stay packed."""
         return replace(
             self, dtype=dtype, head_bytes=self.head_weights * dtype.itemsize,
-            kept=tuple(replace(tensor, dtype=dtype) for tensor in self.kept),
+            kept=tuple(replace(t, dtype=dtype) if t.dtype.is_floating_point else t for t in self.kept),
             site_dtypes={name: each if name in packed else dtype for name, each in self.site_dtypes.items()},
         )  # fmt: skip
 

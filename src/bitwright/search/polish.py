@@ -11,19 +11,16 @@ Reference:
     and need only hold, every survivor is measured on the same data, and there is no selection in stages.
 """
 
-import hashlib
-import json
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bitwright.errors import RecipeError
 from bitwright.progress import Progress, no_progress
-from bitwright.records import append_jsonl, read_jsonl
 from bitwright.search.allocate import Allocation, Choice, Item, Limits, allocation_of
+from bitwright.search.meter import Assignment, Meter
 
-Assignment = Mapping[str, str | None]
 _MAX_SWITCHES = 3
 _TRIES_PER_OFFSPRING = 50
 
@@ -77,13 +74,13 @@ def polish(
     parent = _genes(allocation, items)
     if not limits.hold(_choices(items, parent)):
         raise RecipeError("polish: the allocation it begins from does not keep the limits. Allocate with these limits.")
-    meter = _Meter(measure, cache)
+    meter = Meter(measure, cache)
     generator, survivor = random.Random(seed), parent
-    best = start = meter.loss(items, parent)
+    best = start = meter.loss(_schemes(items, parent))
     history: list[float] = []
     for number in range(rounds):
         for child in _offspring(items, parent, limits, generator, offspring):
-            loss = meter.loss(items, child)
+            loss = meter.loss(_schemes(items, child))
             if loss < best:
                 best, survivor = loss, child
         parent = survivor
@@ -100,29 +97,6 @@ def polish(
 
 _Genes = tuple[int, ...]
 """Place of the chosen among each item's choices."""
-
-
-@dataclass(slots=True)
-class _Meter:
-    """Measures each assignment once, and remembers it in a file."""
-
-    measure: Callable[[Assignment], float]
-    cache: Path | None
-    known: dict[str, float] = field(default_factory=dict[str, float])
-
-    def __post_init__(self) -> None:
-        if self.cache is not None and self.cache.exists():
-            self.known = {str(line["assignment"]): float(line["loss"]) for line in read_jsonl(self.cache)}
-
-    def loss(self, items: Sequence[Item], genes: _Genes) -> float:
-        """The measured loss of these choices."""
-        schemes = allocation_of(items, _choices(items, genes)).schemes
-        key = hashlib.sha256(json.dumps(dict(schemes), sort_keys=True).encode()).hexdigest()
-        if key not in self.known:
-            self.known[key] = self.measure(schemes)
-            if self.cache is not None:
-                append_jsonl(self.cache, {"assignment": key, "loss": self.known[key]})
-        return self.known[key]
 
 
 def _offspring(
@@ -163,6 +137,10 @@ def _genes(allocation: Allocation, items: Sequence[Item]) -> _Genes:
         return tuple(item.choices.index(allocation.chosen[item.name]) for item in items)
     except (KeyError, ValueError):
         raise RecipeError("polish: the allocation is not one of these items. Allocate them first.") from None
+
+
+def _schemes(items: Sequence[Item], genes: _Genes) -> Assignment:
+    return allocation_of(items, _choices(items, genes)).schemes
 
 
 def _choices(items: Sequence[Item], genes: _Genes) -> list[Choice]:

@@ -236,7 +236,10 @@ def check_labels(share: float) -> None:
         RecipeError: it is not from 0 to below 1.
     """
     if not 0 <= share < 1:
-        raise RecipeError(f"labels must be from 0 to below 1, got {share}. At 1 no teacher is needed.")
+        raise RecipeError(
+            f"labels must be from 0 to below 1, got {share}. Use less, or train on the text alone: qat --loss "
+            "cross_entropy, or lora."
+        )
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -175,6 +175,9 @@ def measure_memory(model: nn.Module, optimizer: Optimizer | None = None, *, acti
 class KeptActivations:
     """A context that counts what autograd keeps of forward passes, each piece of memory once, without the parameters.
 
+    Copies of weights that autocast makes count. With gradient checkpointing the inputs of blocks are all that a forward
+    pass keeps: the block that the backward pass computes again does not count.
+
     Args:
         model: whose parameters and buffers do not count.
     """
@@ -199,11 +202,12 @@ class KeptActivations:
         self._held.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        kept = tensor.detach()  # a tensor that its own graph holds would never be freed
+        storage = kept.untyped_storage()
         if storage.data_ptr() not in self._own:
             self._kept[storage.data_ptr()] = storage.nbytes()
-            self._held.append(tensor.detach())  # so that no memory is freed and counted again
-        return tensor
+            self._held.append(kept)  # so that no memory is freed and counted again
+        return kept
 
 
 def _adapted(
