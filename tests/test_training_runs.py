@@ -157,6 +157,17 @@ def test_a_distilled_model_is_a_model_directory(
     assert found.losses[0] == pytest.approx(of_the_text, rel=0.1, abs=1e-4)
 
 
+def test_a_teacher_whose_logits_are_kept_reads_only_what_is_trained_on(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path
+) -> None:
+    read: set[int] = set()
+    task = DistillTask(teacher=str(tiny_llama_dir), text=text, training=options(accumulation=2), top_k=8)
+    notice = lambda what, _done, total: read.add(total) if what == "teacher" else None
+    found = distill_model(tiny_llama_dir, task, tmp_path / "run", progress=notice)
+    assert read == {4 * 4 * 2}
+    assert len(found.losses) == 4
+
+
 def test_what_is_held_out_is_neither_trained_nor_calibrated_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "numbers.txt").write_text(" ".join(str(number * 7919) for number in range(2000)))
     text = TrainingText(data=str(tmp_path / "numbers.txt"), seqlen=32)

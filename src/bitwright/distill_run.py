@@ -119,6 +119,8 @@ def _train(
 ) -> None:  # fmt: skip
     begun, memory = time.perf_counter(), PeakMemory()
     windows, heldout = read_text(text, run, processes, progress)
+    if task.top_k is not None:
+        windows = _trained_on(windows, task.training, processes)
     student, teacher = (
         load_in_memory(each.path, processes.device, torch.float32, trust_remote_code=trust_remote_code)
         for each in (source, teacher_source)
@@ -155,6 +157,13 @@ def _train(
     }
     write_training_records(run, results)
     run.finish(results, failure=None)
+
+
+def _trained_on(windows: Tensor, training: TrainingOptions, processes: Processes) -> Tensor:
+    """As many windows as the steps will see, drawn at random: the teacher need not speak of others."""
+    count = training.steps * training.batch * training.accumulation * processes.count
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(training.seed))
+    return windows[order[:count]]
 
 
 def _objective(
