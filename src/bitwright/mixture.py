@@ -306,7 +306,7 @@ class Search:
         tried = [allocate(items, objective="size", limits=replace(costs, max_loss=allowed))]
         for _ in range(MAX_CORRECTIONS):
             last, measured = tried[-1], loss_of(tried[-1].schemes)
-            if last.loss == 0 or allowed * (1 - CLOSE) < measured <= allowed:
+            if last.loss == 0 or measured <= 0 or allowed * (1 - CLOSE) < measured <= allowed:
                 break
             predicted = last.loss * allowed / measured
             tried.append(allocate(items, objective="size", limits=replace(costs, max_loss=predicted)))
