@@ -169,7 +169,7 @@ def test_the_command_and_the_option_print_the_figures(
     )
     assert said.exit_code == 0, said.output
     assert "no meter" in said.output
-    assert "20 (19 to 21)" in said.output
+    assert "20.0 (19.0 to 21.0)" in said.output
     assert (asked[0]["prompt_tokens"], asked[0]["new_tokens"], asked[0]["repeats"]) == (4, 3, 2)
     (tmp_path / "text.txt").write_text(tiny_text)
     out = tmp_path / "run"

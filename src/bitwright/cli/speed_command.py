@@ -72,6 +72,7 @@ def speeds_json(found: "Sequence[MeasuredSpeed]") -> dict[str, Any]:
 def speed_table(found: "Sequence[MeasuredSpeed]") -> Table:
     """The figures of the models beside each other."""
     from bitwright.cli.tables import size
+    from bitwright.reports.wording import number
 
     speeds = [each.speed for each in found]
     first = speeds[0]
@@ -83,7 +84,9 @@ def speed_table(found: "Sequence[MeasuredSpeed]") -> Table:
         ("prompt, tokens/s", [each.prefill_tokens_per_s for each in speeds]),
         ("new text, tokens/s", [each.decode_tokens_per_s for each in speeds]),
     ):
-        table.add_row(label, *(f"{rate.median:.4g} ({rate.slowest:.4g} to {rate.fastest:.4g})" for rate in rates))
+        table.add_row(
+            label, *(f"{number(rate.median)} ({number(rate.slowest)} to {number(rate.fastest)})" for rate in rates)
+        )
     table.add_row("weights in memory", *(size(each.weight_bytes) for each in speeds))
     table.add_row("peak of loading and running", *(size(each.memory_bytes) for each in speeds))
     table.add_row("peak of the whole process", *(size(each.process_bytes) for each in speeds))
