@@ -161,13 +161,13 @@ class Search:
         self.sensitivity = self.scores()
         items = self.items(self.sensitivity)
         with self.measuring() as measure:
-            cache = self.folder / self._cache_name()
-            allocation = self._start(items, Meter(lambda mix: measure([mix])[0], cache).loss)
+            cache, loss_of = self.folder / self._cache_name(), lambda mix: measure([mix])[0]
+            allocation = self._start(items, Meter(loss_of, cache).loss)
             limits = self.limits()
             if self.budget.max_loss is not None and not self.budget.limits_cost:
                 limits = replace(limits, max_size_bytes=float(allocation.size_bytes))
             done = polish(
-                allocation, items, lambda mix: measure([mix])[0], limits=replace(limits, max_loss=None),
+                allocation, items, loss_of, limits=replace(limits, max_loss=None),
                 offspring=offspring, rounds=rounds, seed=seed, cache=cache, progress=self.progress,
             )  # fmt: skip
         return self.found(items, done.allocation, done.measured_loss, done.start_loss, done.num_measured)

@@ -59,12 +59,10 @@ class Samples:
     def upper_quantile(self, position: Tensor, sign: float) -> Tensor:
         """Return what is at a fractional position [G] from the top of max(sign · w, 0): [R, G]; padding comes last."""
         num_top = math.floor(position.max().item()) + 2
-        top: Tensor | None = None
+        top = self.pieces[0].new_empty((*self.pieces[0].shape[:-1], 0), dtype=torch.float32)
         for groups in self:
-            values = (groups * sign).clamp_(min=0)
-            values = values if top is None else torch.cat([top, values], dim=-1)
+            values = torch.cat([top, (groups * sign).clamp_(min=0)], dim=-1)
             top = values.topk(min(num_top, values.shape[-1]), dim=-1).values
-        assert top is not None  # Samples hold at least one piece.
         last = top.shape[-1] - 1
         above = position.floor().long().clamp_(max=last).expand(top.shape[:-1]).unsqueeze(-1)
         fraction = (position - position.floor()).to(top.dtype).unsqueeze(-1)
