@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 TINY_VOCABULARY = 320
 TINY_CONTEXT = 128
@@ -81,5 +81,29 @@ def tiny_llama_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: py
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral (2 blocks of 2 experts, which are slices of 3-D parameters) as a directory; read only."""
+    config = MixtralConfig(
+        vocab_size=TINY_VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=TINY_CONTEXT,
+        bos_token_id=0,
+        eos_token_id=1,
+        dtype="float32",
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-moe"
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder

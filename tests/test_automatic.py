@@ -1,6 +1,7 @@
 """Method auto: what it tries, what it keeps, that it is never behind GPTQ on the gate, and that it resumes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from bitwright import automatic, pipeline
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, VerificationError
 from bitwright.recipe import Plan, Recipe
 from bitwright.records import read_jsonl
 
@@ -98,6 +99,78 @@ def test_candidates_that_are_refused_are_recorded(tiny_llama_dir: Path, text: Pa
     pipeline.quantize(tiny_llama_dir, recipe, tmp_path / "run")
     trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
     assert [t["composition"] for t in trials if t["refused"]] == ["smoothquant"]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reason"),
+    [
+        ("rotation+gptq", "changes the whole model"),
+        ("gptq+bias", "repairs .* are not chosen"),
+        ("guided", "needs gradients of the whole model"),
+    ],
+)
+def test_what_cannot_be_tried_on_one_block_is_no_candidate(
+    candidate: str, reason: str, tiny_llama_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    pipeline.quantize(tiny_llama_dir, recipe_of(text, auto={"candidates": [candidate, "rtn"]}), tmp_path / "run")
+    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    refused = {trial["composition"]: trial["refused"] for trial in trials if trial["refused"]}
+    assert re.search(reason, refused[candidate])
+
+
+def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_block = automatic.Walk.quantize_block
+
+    def failing(walk: automatic.Walk, *args: Any) -> Any:
+        if walk.recipe.method == "rtn":
+            raise VerificationError("scaling moved its output")
+        return quantize_block(walk, *args)
+
+    monkeypatch.setattr(automatic.Walk, "quantize_block", failing)
+    pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "run")
+    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    assert {t["composition"] for t in trials if t["refused"] == "scaling moved its output"} == {"rtn"}
+
+
+def test_one_window_is_not_enough(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
+    calibration = {"text": str(text), "num_samples": 1, "seqlen": 64}
+    with pytest.raises(RecipeError, match="at least 2"):
+        pipeline.quantize(tiny_llama_dir, recipe_of(text, calibration=calibration), tmp_path / "run")
+
+
+@pytest.mark.parametrize("extra", [{"scheme": "kmeans3", "importance": "fisher"}, {"rules": "guided"}])
+def test_what_was_measured_for_the_whole_model_is_there_for_the_trials(
+    extra: dict[str, Any], tiny_llama_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    if extra.get("rules"):
+        extra = {"rules": [{"pattern": "*.q_proj", "scheme": "W3A16-g32", "method": "guided"}]}
+    result = pipeline.quantize(tiny_llama_dir, recipe_of(text, **extra), tmp_path / "run")
+    assert result.failure is None
+
+
+def test_the_experts_of_a_stack_are_tried_as_one(tiny_moe_dir: Path, text: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(text, auto={"candidates": ["rtn", "gptq"], "sample": 1})
+    pipeline.quantize(tiny_moe_dir, recipe, tmp_path / "run")
+    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    stacks = [{*trial["solvers"]} for trial in trials if any("experts" in name for name in trial["solvers"])]
+    assert stacks
+    assert all({"[0]", "[1]"} <= {name[-3:] for name in stack if "experts" in name} for stack in stacks)
+
+
+def test_a_run_killed_before_its_first_block_keeps_its_choice(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(automatic.RunDirectory, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
+    monkeypatch.setattr(automatic, "_Chooser", None)
+    assert pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed").resumed_blocks == 0
 
 
 def test_no_candidate_at_all_is_refused(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from bitwright.bench import BenchResult, launch_worker, run_bench
 from bitwright.bench_grid import BenchFolder, plan_cells, read_record
 from bitwright.bench_worker import measure
-from bitwright.errors import DataError, RecipeError, RunError, UnknownName
+from bitwright.errors import DataError, RecipeError, RunError, StructureError, UnknownName
 from bitwright.pipeline import evaluate
 from bitwright.progress import Progress
 from bitwright.worker_process import ORPHANED
@@ -148,6 +148,29 @@ def test_refused_cells_are_recorded(grid: Grid, tmp_path: Path) -> None:
     before = contents(tmp_path / "grid")
     grid(methods=("rtn", "lnq"), schemes=SCHEMES[:1])
     assert contents(tmp_path / "grid") == before
+
+
+def test_what_was_refused_for_want_of_a_text_is_measured_with_one(grid: Grid, texts: tuple[Path, Path]) -> None:
+    cells = {"schemes": SCHEMES[:1], "methods": ("rtn", "gptq")}
+    statuses = {r["method"]: r["status"] for r in grid(**cells, calibration=None).records if r["kind"] == "cell"}
+    assert statuses == {"rtn": "done", "gptq": "refused"}
+    result = grid(schemes=SCHEMES[:1], methods=("gptq",), calibration=str(texts[0]))
+    assert result.num_measured == 1
+    assert {r["status"] for r in result.records} == {"done"}
+
+
+def test_a_model_that_a_method_cannot_take_apart_is_refused(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_roles(*_: object, **__: object) -> None:
+        raise StructureError("no norm leads into model.layers.0")
+
+    monkeypatch.setattr("bitwright.bench_worker.quantize", no_roles)
+    result = grid(schemes=SCHEMES[:1], methods=("rtn",))
+    record = read_record(tmp_path / "grid" / "records" / "w4a16-g32--rtn.json")
+    assert (record["status"], record["reason"]) == ("refused", "no norm leads into model.layers.0")
+    assert result.problem is not None  # nothing at all was measured
+    assert "every cell is refused" in result.problem
 
 
 def test_nothing_to_measure_is_refused_before_any_work(grid: Grid, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ Shapes: N windows, T tokens, D hidden size.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, VerificationError
 from bitwright.evaluation.streamed import compare_heads, enter_all
-from bitwright.methods.composition import check_composition, compose, needs_own_layout
+from bitwright.methods.composition import Composition, check_composition, compose, needs_own_layout
+from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.activations import Activations, batch_slices
 from bitwright.model.layouts import own
 from bitwright.model.stream import StreamedModel
@@ -33,7 +35,7 @@ from bitwright.progress import Progress
 from bitwright.recipe import Plan, Recipe
 from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
-from bitwright.walk import Walk, needs_teacher
+from bitwright.walk import FISHER, GUIDED, Walk, needs_gradients, needs_teacher
 
 AUTO, BASELINE = "auto", "gptq"
 CHOICE = "auto.json"
@@ -104,8 +106,7 @@ def choose(job: Job, model: StreamedModel, work: Path, progress: Progress) -> tu
     if choice is None:
         folder = work / "auto"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        choice = _Chooser(job, model, folder, progress).choose()
+        choice = _Chooser(job, model, work_beside(work, folder / "trial"), progress).choose()
         write_json_atomic(work / CHOICE, asdict(choice))
         shutil.rmtree(folder)
     recipe = replace(job.recipe, transforms=choice.transforms)
@@ -127,6 +128,17 @@ def trials(work: Path) -> tuple[Trial, ...]:
 def _known(work: Path) -> Choice | None:
     file = work / CHOICE
     return Choice.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def work_beside(work: Path, folder: Path) -> RunDirectory:
+    """Make a run directory inside a run's work folder, with what was measured for the whole run."""
+    run = RunDirectory(folder)
+    for place in (run.model, run.work):
+        place.mkdir(parents=True, exist_ok=True)
+    for name in (FISHER, GUIDED):
+        if (work / name).exists() and not (run.work / name).exists():
+            os.link(work / name, run.work / name)
+    return run
 
 
 def baseline_job(job: Job) -> Job:
@@ -160,8 +172,11 @@ def adopt(baseline: RunDirectory, run: RunDirectory) -> None:
 class _Chooser:
     """Tries candidates on sampled blocks."""
 
-    def __init__(self, job: Job, model: StreamedModel, folder: Path, progress: Progress) -> None:
-        self.job, self.model, self.folder, self.progress = job, model, folder, progress
+    def __init__(self, job: Job, model: StreamedModel, run: RunDirectory, progress: Progress) -> None:
+        if job.calibration.shape[0] < 2:
+            raise RecipeError("auto needs calibration windows to judge on: at least 2. Give more, or name a method.")
+        self.job, self.model, self.run, self.progress = job, model, run, progress
+        self.folder = run.path.parent
         self.trials: list[Trial] = []
         count = min(job.recipe.auto.sample, model.num_blocks)
         last = model.num_blocks - 1
@@ -200,15 +215,29 @@ class _Chooser:
             transforms = tuple(dict.fromkeys((*self.job.recipe.transforms, *parts.transforms)))
             recipe = replace(self.job.recipe, transforms=transforms, method=parts.method)
             try:
+                self._check_parts(parts)
                 check_composition(recipe, self._plan(recipe, {}))
                 part = needs_own_layout(recipe)
                 if part is not None and set(self.job.layouts.values()) != {own.NAME}:
                     raise RecipeError(f"{part} needs layout bitwright")
             except RecipeError as error:
-                self.trials.append(Trial(block="", composition=text, solvers={}, error=None, refused=str(error)))
+                self._refuse("", text, {}, error)
                 continue
             found[text] = recipe
         return found
+
+    def _check_parts(self, parts: Composition) -> None:
+        """Raises RecipeError for what cannot be tried on one block, or is the recipe's to say."""
+        for name in parts.transforms:
+            if TRANSFORMS[name].apply_model is not None and name not in self.job.recipe.transforms:
+                raise RecipeError(f"{name} changes the whole model: name it in the recipe's transforms")
+        if parts.repairs:
+            raise RecipeError(f"repairs ({', '.join(parts.repairs)}) are not chosen: name them in the recipe")
+        if needs_gradients(parts.method):
+            raise RecipeError(f"{parts.method} needs gradients of the whole model, which trials on blocks do not have")
+
+    def _refuse(self, block: str, text: str, solvers: dict[str, str], error: Exception) -> None:
+        self.trials.append(Trial(block=block, composition=text, solvers=solvers, error=None, refused=str(error)))
 
     def _plan(self, recipe: Recipe, solvers: Mapping[str, str]) -> Plan:
         sites = {
@@ -238,12 +267,9 @@ class _Chooser:
     def _try(
         self, text: str, recipe: Recipe, index: int, inputs: dict[str, Activations], solvers: dict[str, str]
     ) -> float | None:
-        """Quantize one block and return the error of its output on the held-out windows."""
-        run = RunDirectory(self.folder / "trial")
-        for folder in (run.model, run.work):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Quantize one block and return the error of its output on the held-out windows; None where that cannot be."""
         walk = Walk(
-            self.model, run, recipe, self._plan(recipe, solvers), self.job.layouts, self.texts["calibration"],
+            self.model, self.run, recipe, self._plan(recipe, solvers), self.job.layouts, self.texts["calibration"],
             self.texts["gate"], self.progress,
         )  # fmt: skip
         gate = inputs["gate"]
@@ -254,13 +280,17 @@ class _Chooser:
         streams = {"gate": gate, "calibration": inputs["calibration"]}
         if needs_teacher(walk.needs):
             streams["teacher"] = inputs["calibration"]
+        name = self.model.block_names[index]
         with self.model.block(index) as block:
             self._run(block, index, gate, outputs["expected"])
-            stage, *_ = walk.quantize_block(block, index, streams, {"teacher": outputs["teacher"]})
+            try:
+                stage, *_ = walk.quantize_block(block, index, streams, {"teacher": outputs["teacher"]})
+            except VerificationError as problem:
+                self._refuse(name, text, solvers, problem)
+                return None
             self.structures[index] = stage.structure
             self._run(block, index, gate, outputs["gate"])
         error = _relative_error(gate, outputs["expected"], outputs["gate"])
-        name = self.model.block_names[index]
         self.trials.append(Trial(block=name, composition=text, solvers=solvers, error=error))
         self.done += 1
         self.progress("auto", self.done, max(self.done + 1, len(self.job.recipe.auto.candidates) * len(self.sample)))
@@ -269,26 +299,32 @@ class _Chooser:
     def _refine(
         self, best: str, candidates: dict[str, Recipe], index: int, inputs: dict[str, Activations], error: float
     ) -> dict[str, tuple[str, float]]:
-        """Let one group after the other try the other solvers; return leader -> solver and the error it led to."""
+        """Let one group after the other try the other solvers; return site -> solver and the error it led to."""
         recipe = candidates[best]
         solvers = {
             each.method for each in candidates.values()
             if each.transforms == recipe.transforms and each.method != recipe.method
         }  # fmt: skip
         chosen: dict[str, tuple[str, float]] = {}
-        for group in self.structures[index].groups:
-            members = [name for name in group.sites if self.job.plan.sites[name].method == AUTO]
-            for solver in sorted(solvers) if members else ():
-                mix = {name: chosen[leader][0] for leader in chosen for name in self._group_of(index, leader)}
-                mix |= dict.fromkeys(members, solver)
+        for members in self._tried_together(index):
+            for solver in sorted(solvers):
+                mix = {name: picked for name, (picked, _) in chosen.items()} | dict.fromkeys(members, solver)
                 tried = self._try(best, recipe, index, inputs, mix)
                 if tried is not None and tried < error:
                     error = tried
-                    chosen[members[0]] = solver, tried
+                    chosen |= dict.fromkeys(members, (solver, tried))
         return chosen
 
-    def _group_of(self, index: int, leader: str) -> list[str]:
-        return [name for group in self.structures[index].groups if leader in group.sites for name in group.sites]
+    def _tried_together(self, index: int) -> list[list[str]]:
+        """Sites of a block that are left to the data: by groups, and all experts of a stack as one."""
+        structure = self.structures[index]
+        parameters = {site.name: site.parameter for site in structure.sites}
+        found: dict[tuple[str, ...], list[str]] = {}
+        for group in structure.groups:
+            members = [name for name in group.sites if self.job.plan.sites[name].method == AUTO]
+            if members:
+                found.setdefault(tuple(parameters[name] for name in group.sites), []).extend(members)
+        return list(found.values())
 
     def _solvers(
         self,
@@ -302,10 +338,7 @@ class _Chooser:
         for index, block in enumerate(self.model.block_names):
             near = min(self.sample, key=lambda sampled: abs(sampled - index))
             sampled = self.model.block_names[near]
-            special = {
-                name[len(sampled) :]: picked
-                for leader, picked in per_block[near].items() for name in self._group_of(near, leader)
-            }  # fmt: skip
+            special = {name[len(sampled) :]: picked for name, picked in per_block[near].items()}
             where = "here" if near == index else f"on {sampled}, the nearest block tried"
             for name, entry in self.job.plan.sites.items():
                 if entry.method != AUTO or not name.startswith(block + "."):

@@ -212,7 +212,9 @@ def _fill(
         reason = refusals.get(cell.slug)
         if reason is not None and found.get(cell.slug, {}).get("reason") != reason:
             write_json_atomic(folder.record(cell.slug), new_record(cell, asked[cell.slug], refusal=reason))
-    known = {*refusals, *(slug for slug, record in found.items() if record["status"] in FINISHED)}
+    # What was refused before it was tried may be possible by now: only what is asked for decides, again.
+    tried = {slug for slug, record in found.items() if record["status"] in FINISHED and record["fingerprint"]}
+    known = {*refusals, *tried}
     pending = [cell for cell in cells if cell.slug not in known]
     num_known = len(cells) - len(pending)
     folder.work.mkdir(exist_ok=True)

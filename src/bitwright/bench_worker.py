@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitwright.bench_grid import REFERENCE, BenchFolder, finish_record, read_record
 from bitwright.data.windows import hash_tokens
-from bitwright.errors import DataError, RecipeError, ShapeError, UnknownName, VerificationError
+from bitwright.errors import DataError, RecipeError, ShapeError, StructureError, UnknownName, VerificationError
 from bitwright.evaluation.score import Scorer
 from bitwright.evaluation.streamed import final_hidden, score_heads
 from bitwright.model.activations import Activations
@@ -50,7 +50,7 @@ def measure(file: Path, progress: Progress) -> None:
     status, reason = "done", None
     try:
         figures, reason = _figures(asked, folder, record["slug"], progress)
-    except (RecipeError, ShapeError, UnknownName) as error:
+    except (RecipeError, ShapeError, StructureError, UnknownName) as error:
         status, reason = "refused", str(error)
     except VerificationError as error:
         status, reason = "failed", str(error)

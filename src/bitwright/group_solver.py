@@ -152,6 +152,9 @@ class GroupSolver:
         elif stats.is_routed and {"cross", "guided"} & SOLVERS[method].needs:
             note = "an expert sees other tokens in the unquantized model, which cannot be matched: gptq."
             method, reason = "gptq", f"{note} {reason}".strip()
+        elif "cross" in SOLVERS[method].needs and stats.num_tokens <= stack[0].in_features:
+            note = f"{stats.num_tokens} tokens do not tell how {stack[0].in_features} inputs have moved."
+            reason = f"{note} {reason}".strip()
         weight = torch.cat([stage.weight(site) for site in stack])
         if stats.transform is not None:
             weight = stats.transform.to_weight(weight)

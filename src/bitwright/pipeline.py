@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from bitwright.automatic import BASELINE, adopt, baseline_job, choose, gate_loss, is_automatic
+from bitwright.automatic import BASELINE, adopt, baseline_job, choose, gate_loss, is_automatic, work_beside
 from bitwright.calibration.fisher import fisher_information
 from bitwright.calibration.output_gradients import output_gradients
 from bitwright.data.overlap import require_disjoint
@@ -164,18 +164,16 @@ def _carry_out(
         if trained is not None:
             model, given = trained.open(job.model), GivenSites(trained.sites)
         baseline: Job | None = None
+        _measure_output_gradients(job, model, run, trust_remote_code, progress)
         if is_automatic(job.plan):
             baseline = baseline_job(job)
             recipe, plan = choose(job, model, run.work, progress)
             job = replace(job, recipe=recipe, plan=plan)
-        _measure_output_gradients(job, model, run, trust_remote_code, progress)
         memory = PeakMemory()
         walk = _walk(job, model, frame, run, progress, given)
         gate, reference = walk.execute()
         if baseline is not None:
-            other = RunDirectory(run.work / BASELINE)
-            for folder in (other.model, other.work):
-                folder.mkdir(parents=True, exist_ok=True)
+            other = work_beside(run.work, run.work / BASELINE)
             rival = _walk(baseline, model, frame, other, progress)
             rival_gate, rival_reference = rival.execute()
             if gate_loss(baseline, rival, rival_gate, rival_reference) < gate_loss(job, walk, gate, reference):

@@ -100,7 +100,7 @@ class RunDirectory:
         """Take the lock (until `release`) and make the folder this run's own; `fresh` discards what is in it.
 
         A kill between any two steps leaves a folder that the next start accepts: run.json is there before anything
-        else, and the journal of discarded work goes first.
+        else, and says when what was there before is gone. From then on what a killed run has left is kept.
 
         Raises:
             RunError: another process is working in it, or has made it its own since it was checked.
@@ -111,10 +111,11 @@ class RunDirectory:
             self._take_lock()
             self.check_place()
             self.check(fingerprint, fresh=fresh)
-            if fresh or not (self.is_complete or self.journal()):
-                self._journal_file.unlink(missing_ok=True)
-                write_json_atomic(self.path / RUN_FILE, {"fingerprint": fingerprint, "asked": asked, "complete": False})
+            if fresh or not (self.is_complete or (self.info or {}).get("cleared")):
+                mine = {"fingerprint": fingerprint, "asked": asked, "complete": False}
+                write_json_atomic(self.path / RUN_FILE, mine | {"cleared": False})
                 self._clear()
+                write_json_atomic(self.path / RUN_FILE, mine | {"cleared": True})
             self._sweep()
             if not self.is_complete:
                 self.work.mkdir(exist_ok=True)

@@ -111,7 +111,6 @@ def carry_out(
         try:
             if processes.is_main:
                 run.start(fingerprint, asked, fresh=fresh)
-                run.commit({"training": True})
             processes.wait()
             work()
             processes.wait()

@@ -7,6 +7,7 @@ import pytest
 from bitwright.errors import RecipeError, UnknownName
 from bitwright.methods.composition import (
     EXCLUDES,
+    TOO_LATE,
     check_composition,
     compose,
     needs_of_site,
@@ -94,6 +95,16 @@ def test_a_transform_for_quantized_inputs_is_refused_without_them(text: str) -> 
     recipe = recipe_of(text)
     with pytest.raises(RecipeError, match=rf"down_proj: {text} with W4A16-g32: "):
         check_composition(recipe, plan_of(recipe))
+
+
+@pytest.mark.parametrize(("first", "second"), list(TOO_LATE))
+def test_a_transform_that_would_find_nothing_left_is_refused(first: str, second: str) -> None:
+    scheme = "W8A8-channel"
+    recipe = recipe_of(f"{first}+{second}", scheme)
+    with pytest.raises(RecipeError, match=f"{first} before {second}.*Name {second} first"):
+        check_composition(recipe, plan_of(recipe))
+    other = recipe_of(f"{second}+{first}", scheme)
+    check_composition(other, plan_of(other))
 
 
 def test_what_works_without_text_is_known() -> None:

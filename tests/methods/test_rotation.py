@@ -201,6 +201,16 @@ def test_learning_is_never_worse_than_its_start(kind: str, tmp_path: Path) -> No
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
+def test_learning_turns_within_the_blocks_asked_for(tmp_path: Path) -> None:
+    source = save(CONFIGS["llama"](), tmp_path / "model")
+    out = rotate(source, tmp_path / "rotated", recipe_of(kind="learned", steps=4, block=16))
+    change = read_rotation(out)
+    assert change.frame is not None
+    inside = torch.block_diag(*[torch.ones(16, 16)] * (change.frame.shape[0] // 16))
+    assert torch.equal(change.frame * inside, change.frame)
+    assert change.notes["best_step"] > 0
+
+
 def test_seeds_are_at_least_one() -> None:
     with pytest.raises(RecipeError, match=r"rotation.seeds must be at least 1"):
         recipe_of(seeds=0)

@@ -236,9 +236,10 @@ def collect(
 
     def add(site: Site, x: Tensor) -> None:
         shared, target = stats[site.name], targets.pop(site.name, None)
-        own = {name: weights[name] for name in members[site.name]} if weights and not shared.is_routed else None
+        wanted = () if weights is None or shared.is_routed else members[site.name]
+        own = {name: tokens for name, tokens in (weights or {}).items() if name in wanted}
         try:
-            shared.add(x, with_gram=with_gram, target=target, weights=own)
+            shared.add(x, with_gram=with_gram, target=target, weights=own or None)
         except VerificationError as error:
             raise VerificationError(f"{site.name}: {error}") from None
 

@@ -18,6 +18,12 @@ EXCLUDES = {
     ("awq", "smoothquant"): "both scale the same edges, for different ends; choose one",
 }
 """Transforms that undo each other, and why."""
+TOO_LATE = {
+    ("hadamard", "awq"): "inputs that are rotated at inference already are not scaled",
+    ("hadamard", "smoothquant"): "inputs that are rotated at inference already are not scaled",
+    ("llm_int8", "awq"): "inputs with columns that stay floats are not scaled",
+}
+"""Transforms of which the second finds nothing left to do after the first, and why."""
 MISPLACED = {("bias", LOW_RANK): "the mean of what is left is known last"}
 """Repairs that must not come in this order, and why."""
 
@@ -68,6 +74,9 @@ def check_composition(recipe: Recipe, plan: Plan) -> None:
     for (first, second), reason in EXCLUDES.items():
         if {first, second} <= set(recipe.transforms):
             raise RecipeError(f"{first} and {second} do not go together: {reason}.")
+    for (first, second), reason in TOO_LATE.items():
+        if second in recipe.transforms and first in recipe.transforms[: recipe.transforms.index(second)]:
+            raise RecipeError(f"{first} before {second}: {reason}. Name {second} first.")
     for site, entry in plan.sites.items():
         if entry.scheme is None or entry.method is None:
             continue

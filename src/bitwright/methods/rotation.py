@@ -143,7 +143,10 @@ def _choose(task: ModelTask, model: StreamedModel, plan: RotationPlan) -> tuple[
             task.progress("rotation: seeds", seed + 1, options.seeds)
     notes: dict[str, Any] = {"rotation": options.kind, "seed_errors": errors}
     if options.kind == "learned":
-        learned = learn(model, plan, best, rounding, task.calibration, steps=options.steps, progress=task.progress)
+        learned = learn(
+            model, plan, best, rounding, task.calibration,
+            steps=options.steps, block=options.block, progress=task.progress,
+        )  # fmt: skip
         best = learned.rotation
         notes |= {"loss_before": learned.loss_before, "loss": learned.loss, "best_step": learned.best_step}
     return best, notes

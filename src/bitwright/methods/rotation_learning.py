@@ -59,6 +59,7 @@ def learn(
     calibration: Tensor,
     *,
     steps: int,
+    block: int | None = None,
     progress: Progress,
 ) -> Learned:
     """Improve a rotation; the result is never worse than the start on the validation windows.
@@ -70,6 +71,7 @@ def learn(
         rounding: what becomes of weights and inputs.
         calibration: [N, T] tokens; some are kept for validation.
         steps: of gradient descent.
+        block: size of the blocks within which the residual stream is turned, and stays so; None turns all of it.
         progress: called with (what, done, total).
     Raises:
         ResourceError: the model does not fit into memory often enough.
@@ -86,14 +88,14 @@ def learn(
         before = least = loss_of.mean(current, validation, batch)
         for step in range(steps):
             chosen = [(step * batch + i) % len(training) for i in range(min(batch, len(training)))]
-            current = _descend(loss_of, current, training[chosen], RATE * (1 - step / steps))
+            current = _descend(loss_of, current, training[chosen], RATE * (1 - step / steps), block)
             if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
                 loss = loss_of.mean(current, validation, batch)
                 if loss < least:
                     best, least, best_step = current, loss, step + 1
             progress("rotation: learn", step + 1, steps)
     found = start if best_step == 0 else best.to(torch.device("cpu"), torch.float64)
-    return Learned(rotation=_orthogonal(found), loss_before=before, loss=least, best_step=best_step)
+    return Learned(rotation=_orthogonal(found, block), loss_before=before, loss=least, best_step=best_step)
 
 
 def require_memory(model: StreamedModel) -> None:
@@ -149,16 +151,25 @@ class _Loss:
         return changed
 
 
-def _descend(loss_of: _Loss, rotation: Rotation, ids: Tensor, rate: float) -> Rotation:
-    leaves = [rotation.residual, *(turn for block in rotation.heads for turn in block)]
+def _descend(loss_of: _Loss, rotation: Rotation, ids: Tensor, rate: float, block: int | None) -> Rotation:
+    leaves = [rotation.residual, *(turn for turns in rotation.heads for turn in turns)]
     leaves = [leaf.detach().requires_grad_(True) for leaf in leaves]
     rest = iter(leaves[1:])
-    heads = tuple(tuple(next(rest) for _ in block) for block in rotation.heads)
+    heads = tuple(tuple(next(rest) for _ in turns) for turns in rotation.heads)
     loss = loss_of(Rotation(residual=leaves[0], heads=heads), ids)
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    residual, *rest = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = (_within_blocks(residual, block), *rest)
     moved = [_cayley(leaf.detach(), gradient, rate) for leaf, gradient in zip(leaves, gradients, strict=True)]
     rest = iter(moved[1:])
-    return Rotation(residual=moved[0], heads=tuple(tuple(next(rest) for _ in block) for block in rotation.heads))
+    return Rotation(residual=moved[0], heads=tuple(tuple(next(rest) for _ in turns) for turns in rotation.heads))
+
+
+def _within_blocks(matrix: Tensor, block: int | None) -> Tensor:
+    """Zero what is outside the blocks along the diagonal of a square matrix."""
+    if block is None:
+        return matrix
+    number = torch.arange(matrix.shape[0], device=matrix.device) // block
+    return torch.where(number.unsqueeze(0) == number.unsqueeze(1), matrix, 0.0)
 
 
 def _cayley(matrix: Tensor, gradient: Tensor | None, rate: float) -> Tensor:
@@ -175,12 +186,12 @@ def _cayley(matrix: Tensor, gradient: Tensor | None, rate: float) -> Tensor:
     return torch.linalg.solve(identity + half, (identity - half) @ matrix)
 
 
-def _orthogonal(rotation: Rotation) -> Rotation:
+def _orthogonal(rotation: Rotation, block: int | None) -> Rotation:
     """Undo the rounding of many steps: the nearest orthogonal matrices, float64."""
 
     def nearest(matrix: Tensor) -> Tensor:
         u, _, v = torch.linalg.svd(matrix.double())
         return u @ v
 
-    heads = tuple(tuple(nearest(turn) for turn in block) for block in rotation.heads)
-    return Rotation(residual=nearest(rotation.residual), heads=heads)
+    heads = tuple(tuple(nearest(turn) for turn in turns) for turns in rotation.heads)
+    return Rotation(residual=_within_blocks(nearest(rotation.residual), block), heads=heads)
