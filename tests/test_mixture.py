@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bitwright.budget import Budget
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, ShapeError
 from bitwright.escalation import Rung, apply
 from bitwright.mixture import Search
 from bitwright.options import LowRankOptions
@@ -21,6 +22,7 @@ from bitwright.records import read_jsonl
 from bitwright.schemes import Scheme
 from bitwright.search.choices import ChoiceBench
 from bitwright.search.fused import export_violations, fusion_violations
+from bitwright.search.hardware import load_hardware
 
 MENU = ("W2A16-g32", "W4A16-g32", "W8A16-g32")
 Make = Callable[..., Search]
@@ -127,11 +129,66 @@ def test_what_a_search_has_measured_it_does_not_measure_again(make: Make, monkey
     assert make(max_kl=1e-4).run(rounds=1, offspring=2) == first
 
 
-def test_an_impossible_budget_says_what_binds_and_what_can_be_reached(make: Make) -> None:
-    with pytest.raises(RecipeError, match=r"max_size_bytes.*cannot be kept: the least"):
+def test_an_impossible_budget_says_what_binds_and_what_can_be_reached(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--average-bits 1 would have to be 3\.0"):
         make(average_bits=1.0).run(rounds=0)
-    with pytest.raises(RecipeError, match="max_memory_bytes"):
+    with pytest.raises(RecipeError, match=r"--fit 0\.001 MB would have to be \d"):
         make(fit_bytes=1000).run(rounds=0)
+    device = load_hardware("t4")
+    with pytest.raises(RecipeError, match=r"--min-tokens-per-s 1e\+09 would have to be \d"):
+        make(min_tokens_per_s=1e9, hardware=device).run(rounds=0)
+    with pytest.raises(RecipeError, match=r"--size 0\.090 MB would have to be (\d\.\d+) MB\.") as raised:
+        make(size_bytes=90_000, average_bits=9.0).run(rounds=0)
+    assert "--average-bits" not in str(raised.value)
+    assert not (tmp_path / "search" / "scores").exists()  # nothing was measured
+    least = round(1e6 * float(str(raised.value).split(" would have to be ")[1].split()[0]))
+    assert make(size_bytes=least + 2000).run(rounds=0).size_bytes <= least + 2000
+
+
+def test_files_are_no_larger_than_asked_with_their_headers(
+    make: Make, recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    for size in (240_000, 260_000, 300_000):
+        found = make(recipe, size_bytes=size, fuse=False).run(rounds=0)
+        run = quantize(tiny_llama_dir, replace(found.recipe(recipe), max_kl=50.0), tmp_path / f"run-{size}").run
+        assert sum(file.stat().st_size for file in (run / "4-model").glob("*.safetensors")) <= size
+
+
+def test_rules_keep_their_methods_and_repairs(make: Make) -> None:
+    rule = Rule(pattern="*.down_proj", scheme=Scheme.parse("W8A16-g32"), method="rtn", repairs=("bias",))
+    base = Recipe(method="gptq", rules=(rule,))
+    search = make(base, average_bits=9.0)
+    plan = resolve(search.run(rounds=0).recipe(base), search.sites)
+    ruled = {(entry.method, entry.repairs) for name, entry in plan.sites.items() if name.endswith("down_proj")}
+    assert ruled == {("rtn", ("bias",))}
+    assert {plan.sites[name].method for name in plan.quantized if not name.endswith("down_proj")} == {"gptq"}
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_experts_of_one_parameter_share_a_scheme_that_transformers_reads(
+    fuse: bool, tiny_moe_dir: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    model = open_model(tiny_moe_dir, device="cpu", dtype="float32", trust_remote_code=False)
+    tokens = torch.randint(model.skeleton.model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    search = Search(
+        model, tokens, recipe, Budget(average_bits=5.0), tmp_path / "search",
+        num_windows=2, fuse=fuse, schemes=(*MENU, "W4A16-g32-asym", "nf4-g64-dq"),
+    )  # fmt: skip
+    found = search.run(rounds=1, offspring=2)
+    assert len({scheme for site, scheme in found.schemes.items() if site.endswith("]")}) == 1
+    done = apply(search, found, found.recipe(recipe), tmp_path / "out", quantizer(tiny_moe_dir), repair=False)
+    plan = resolve(Recipe.from_mapping(_recipe_of(done.result.run)), search.sites)
+    assert {name: entry.scheme and str(entry.scheme) for name, entry in plan.sites.items()} == found.schemes
+
+
+def test_what_no_layout_holds_is_refused_before_any_work(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=64, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    model = open_model(tmp_path / "gpt2", device="cpu", dtype="float32", trust_remote_code=False)
+    with pytest.raises(ShapeError, match="which no layout holds"):
+        Search(model, torch.zeros(2, 16, dtype=torch.long), Recipe(), Budget(average_bits=4.0), tmp_path / "search")
 
 
 def quantizer(tiny_llama_dir: Path) -> Callable[[Recipe, Path], QuantizeResult]:

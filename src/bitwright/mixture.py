@@ -30,21 +30,23 @@ from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.preparation import model_sites
 from bitwright.progress import Progress, no_progress
-from bitwright.recipe import QUANTIZABLE_KINDS, Recipe, Rule, matches, resolve
+from bitwright.recipe import QUANTIZABLE_KINDS, Recipe, Rule, pattern_of, rule_of
 from bitwright.records import write_json_atomic, write_text_atomic
 from bitwright.schemes import Scheme
-from bitwright.search.allocate import Allocation, Choice, Item, Limits, Objective, allocate
+from bitwright.search.allocate import Allocation, Choice, Infeasible, Item, Limits, Objective, allocate
 from bitwright.search.choices import open_bench
-from bitwright.search.cost import memory, resident_bytes, site_latency, speed
+from bitwright.search.cost import memory, speed
 from bitwright.search.frontier import frontier
-from bitwright.search.fused import fused_sets
+from bitwright.search.fused import fused_sets, join_stacks
 from bitwright.search.menus import default_menu
 from bitwright.search.meter import Assignment, Meter
-from bitwright.search.model_shape import ModelShape, shape_of_model
+from bitwright.search.model_shape import shape_of_model
+from bitwright.search.permitted import permitted
 from bitwright.search.polish import polish
 from bitwright.search.rivals import faithful_rivals, small_rivals
 from bitwright.search.sensitivity import Sensitivity, measure_sensitivity
-from bitwright.search.stored_size import exported_bytes, site_bytes
+from bitwright.search.site_costs import SiteCosts
+from bitwright.search.stored_size import exported_bytes
 
 SCORE = "window_gradient"
 NUM_FRONTIER = 40
@@ -89,12 +91,14 @@ class Found:
         if not named:
             raise RecipeError("the budget leaves every site in 16 bit: nothing is to be quantized.")
         common = Counter(named).most_common(1)[0][0]
-        rules = tuple(
-            Rule(pattern=site, scheme=None if scheme is None else Scheme.parse(scheme))
-            for site, scheme in self.schemes.items()
-            if scheme != common
-        )
-        return replace(base, scheme=Scheme.parse(common), rules=rules)
+        rules: list[Rule] = []
+        for site, scheme in self.schemes.items():
+            given = rule_of(base, site)
+            method, repairs = (None, None) if given is None or scheme is None else (given.method, given.repairs)
+            if scheme != common or method is not None or repairs is not None:
+                real = None if scheme is None else Scheme.parse(scheme)
+                rules.append(Rule(pattern=pattern_of(site), scheme=real, method=method, repairs=repairs))
+        return replace(base, scheme=Scheme.parse(common), rules=tuple(rules))
 
     def write(self, folder: Path, recipe: Recipe) -> None:
         """Leave search.json and recipe.yaml in a folder."""
@@ -140,13 +144,16 @@ class Search:
         self.sensitivity: Sensitivity | None = None
         self.sites = tuple(site for site in model_sites(model) if site.kind in QUANTIZABLE_KINDS)
         everywhere = [site.name for site in self.sites] if LOW_RANK in recipe.repairs else []
-        self.shape = self._with_addends(shape_of_model(model), everywhere)
+        shape = shape_of_model(model)
+        self.shape = replace(shape, ranks={**shape.ranks, **dict.fromkeys(everywhere, recipe.low_rank.rank)})
+        self._header_bytes = 0
         offered = schemes or default_menu(self.sites, recipe.ragged, tables=not fuse)
         self.menu = tuple(str(Scheme.parse(name)) for name in offered)
-        self.allowed = _allowed(self.sites, self.menu, recipe, min_bits or {})
+        self.allowed = permitted(self.sites, self.menu, recipe, min_bits or {}, self.shape.dtype)
         fixed = {name for options in self.allowed.values() for name in options if name is not None}
         self.menu = (*self.menu, *sorted(fixed - set(self.menu)))
-        self._sets = fused_sets(probe_streamed(model, progress)) if fuse else tuple((s.name,) for s in self.sites)
+        sets = fused_sets(probe_streamed(model, progress)) if fuse else tuple((s.name,) for s in self.sites)
+        self._sets = join_stacks(sets, self.sites)
 
     def run(self, *, rounds: int = 10, offspring: int = 8, seed: int = 0) -> Found:
         """Score, allocate, correct and polish.
@@ -158,18 +165,41 @@ class Search:
         Raises:
             RecipeError: no mix keeps the budget; says which limit is to blame and what can be reached.
         """
+        self._check_costs()
         self.sensitivity = self.scores()
         items = self.items(self.sensitivity)
         with self.measuring() as measure:
-            cache, loss_of = self.folder / self._cache_name(), lambda mix: measure([mix])[0]
-            allocation = self._start(items, Meter(loss_of, cache).loss)
-            limits = self.limits()
-            if self.budget.max_loss is not None and not self.budget.limits_cost:
-                limits = replace(limits, max_size_bytes=float(allocation.size_bytes))
-            done = polish(
-                allocation, items, loss_of, limits=replace(limits, max_loss=None),
-                offspring=offspring, rounds=rounds, seed=seed, cache=cache, progress=self.progress,
-            )  # fmt: skip
+            found = self._find(items, measure, rounds=rounds, offspring=offspring, seed=seed)
+            while self.budget.size_bytes is not None and found.size_bytes > self.budget.size_bytes:
+                self._header_bytes = self.costs.longer_headers(found.schemes)  # which no sum over sites knows
+                found = self._find(items, measure, rounds=rounds, offspring=offspring, seed=seed)
+        return found
+
+    def _check_costs(self) -> None:
+        """Raises RecipeError where limits on cost cannot be kept, in their units and before anything is measured."""
+        costs = self.costs
+        free = [self._item(each, [costs.choice(each, scheme) for scheme in self._common(each)]) for each in self.sets]
+        if self.budget.size_bytes is not None:
+            self._header_bytes = costs.longer_headers(allocate(free, objective="size").schemes)
+        self._allocate(free, "size", self.costs.limits())
+
+    def _allocate(self, items: Sequence[Item], objective: Objective, limits: Limits) -> Allocation:
+        try:
+            return allocate(items, objective=objective, limits=limits)
+        except Infeasible as error:
+            raise RecipeError(self.costs.in_units(error)) from None
+
+    def _find(self, items: Sequence[Item], measure: Measure, *, rounds: int, offspring: int, seed: int) -> Found:
+        """Allocate, correct and polish."""
+        cache, loss_of = self.folder / self._cache_name(), lambda mix: measure([mix])[0]
+        allocation = self._start(items, Meter(loss_of, cache).loss)
+        limits = self.costs.limits()
+        if self._objective == "size":
+            limits = replace(limits, max_size_bytes=float(allocation.size_bytes))
+        done = polish(
+            allocation, items, loss_of, limits=limits,
+            offspring=offspring, rounds=rounds, seed=seed, cache=cache, progress=self.progress,
+        )  # fmt: skip
         return self.found(items, done.allocation, done.measured_loss, done.start_loss, done.num_measured)
 
     def scores(self) -> Sensitivity:
@@ -198,61 +228,38 @@ class Search:
         members = [[sites[name] for name in names if name in sites] for names in self._sets]
         return [each for each in members if each]
 
+    @property
+    def costs(self) -> SiteCosts:
+        """What sites cost, and what the budget leaves for them."""
+        return SiteCosts(
+            shape=self.shape, sites=self.sites, recipe=self.recipe, budget=self.budget, header_bytes=self._header_bytes
+        )
+
     def items(self, sensitivity: Sensitivity) -> list[Item]:
         """What chooses, and from what."""
-        found: list[Item] = []
-        for members in self.sets:
-            common = [s for s in self.allowed[members[0].name] if all(s in self.allowed[m.name] for m in members)]
-            if not common:
-                raise RecipeError(
-                    f"{members[0].name} and {members[-1].name} run as one product, and the recipe allows no scheme for "
-                    "both. Change its rules, or use --engine transformers."
-                )
-            choices = tuple(self._choice(members, scheme, sensitivity) for scheme in common)
-            found.append(Item(name=members[0].name, sites=tuple(m.name for m in members), choices=choices))
-        return found
-
-    def _choice(self, members: Sequence[Site], scheme: str | None, sensitivity: Sensitivity) -> Choice:
-        loss = sum(0.0 if scheme is None else sensitivity.values[site.name][scheme] for site in members)
-        return replace(self._cost(self.shape, members, scheme), loss=loss)
-
-    def _cost(self, shape: ModelShape, members: Sequence[Site], scheme: str | None) -> Choice:
-        """What sites cost in a scheme, whatever they lose."""
-        hardware = self.budget.hardware
-        latency = 0.0
-        size = resident = 0
-        for site in members:
-            real = self._effective(site, scheme)
-            rank = shape.ranks.get(site.name, 0)
-            size += site_bytes(site, real, shape.site_dtypes[site.name], shape.dtype, rank=rank)
-            resident += resident_bytes(shape, site, real, hardware)
-            if hardware is not None:
-                latency += site_latency(shape, site, real, hardware, tokens=self.budget.work.batch)
-        return Choice(scheme=scheme, loss=0.0, size_bytes=size, memory_bytes=resident, latency_s=latency)
-
-    def limits(self) -> Limits:
-        """The budget, less what no choice changes: embeddings, norms, head, cache and workspace."""
-        budget, nothing = self.budget, dict.fromkeys((site.name for site in self.sites), None)
-        dense = sum(site_bytes(s, None, self.shape.site_dtypes[s.name], self.shape.dtype) for s in self.sites)
-        sizes: list[float] = []
-        if budget.size_bytes is not None:
-            sizes.append(budget.size_bytes - (exported_bytes(self.shape, nothing) - dense))
-        if budget.average_bits is not None:
-            sizes.append(budget.average_bits * self._num_weights / 8)
-        resident = latency = None
-        if budget.fit_bytes is not None:
-            whole = memory(self.shape, nothing, budget.work, budget.hardware).total_bytes
-            resident = float(budget.fit_bytes - (whole - dense))
-        if budget.min_tokens_per_s is not None and budget.hardware is not None:
-            step = speed(self.shape, nothing, budget.work, budget.hardware).decode_s
-            of_sites = sum(
-                site_latency(self.shape, site, None, budget.hardware, tokens=budget.work.batch) for site in self.sites
+        return [
+            self._item(
+                members,
+                [
+                    replace(self.costs.choice(members, scheme), loss=_loss(members, scheme, sensitivity))
+                    for scheme in self._common(members)
+                ],
             )
-            latency = budget.work.batch / budget.min_tokens_per_s - (step - of_sites)
-        return Limits(
-            max_loss=budget.max_loss, max_size_bytes=min(sizes, default=None), max_memory_bytes=resident,
-            max_latency_s=latency,
-        )  # fmt: skip
+            for members in self.sets
+        ]
+
+    def _item(self, members: Sequence[Site], choices: Sequence[Choice]) -> Item:
+        return Item(name=members[0].name, sites=tuple(site.name for site in members), choices=tuple(choices))
+
+    def _common(self, members: Sequence[Site]) -> list[str | None]:
+        """The schemes that all of a set may have."""
+        common = [s for s in self.allowed[members[0].name] if all(s in self.allowed[m.name] for m in members)]
+        if not common:
+            raise RecipeError(
+                f"{members[0].name} and {members[-1].name} run as one product, and the recipe allows no scheme for "
+                "both. Change its rules, or use --engine transformers."
+            )
+        return common
 
     def costs_fit(self, schemes: Mapping[str, str | None], *, addends: Collection[str] = ()) -> bool:
         """Whether an assignment, also of schemes outside of the menu, keeps the limits on anything but quality.
@@ -263,17 +270,13 @@ class Search:
         Raises:
             ShapeError: groups that do not fit a row.
         """
-        shape = self._with_addends(self.shape, addends)
-        chosen = [self._cost(shape, members, schemes[members[0].name]) for members in self.sets]
-        return replace(self.limits(), max_loss=None).hold(chosen)
+        costs = self.costs.with_addends(addends)
+        return self.costs.limits().hold([costs.choice(members, schemes[members[0].name]) for members in self.sets])
 
     def size_bytes(self, sites: Collection[str], scheme: str | None, *, addend: bool = False) -> int:
         """Return the bytes of sites in one scheme, with low-rank addends or without."""
-        shape = self._with_addends(self.shape, sites if addend else ())
-        return self._cost(shape, [site for site in self.sites if site.name in sites], scheme).size_bytes
-
-    def _with_addends(self, shape: ModelShape, sites: Collection[str]) -> ModelShape:
-        return replace(shape, ranks={**shape.ranks, **dict.fromkeys(sites, self.recipe.low_rank.rank)})
+        costs = self.costs.with_addends(sites if addend else ())
+        return costs.choice([site for site in self.sites if site.name in sites], scheme).size_bytes
 
     def _start(self, items: Sequence[Item], loss_of: Callable[[Assignment], float]) -> Allocation:
         """The best by measured losses among mixes that are the best by their sums, and one scheme for all.
@@ -286,7 +289,7 @@ class Search:
         if self._objective == "size" and allowed is not None:
             tried += small_rivals(items, allowed)
         else:
-            tried += faithful_rivals(items, replace(self.limits(), max_loss=None))
+            tried += faithful_rivals(items, self.costs.limits())
         kept = [each for each in tried if allowed is None or loss_of(each.schemes) <= allowed]
         if not kept:
             least = min(loss_of(each.schemes) for each in tried)
@@ -300,16 +303,16 @@ class Search:
 
     def _mixes(self, items: Sequence[Item], loss_of: Callable[[Assignment], float]) -> list[Allocation]:
         """Allocate; where only quality is limited, until the measured loss is within the limit and close to it."""
-        costs, allowed = replace(self.limits(), max_loss=None), self.budget.max_loss
+        costs, allowed = self.costs.limits(), self.budget.max_loss
         if self._objective == "loss" or allowed is None:
-            return [allocate(items, objective=self._objective, limits=costs)]
-        tried = [allocate(items, objective="size", limits=replace(costs, max_loss=allowed))]
+            return [self._allocate(items, self._objective, costs)]
+        tried = [self._allocate(items, "size", replace(costs, max_loss=allowed))]
         for _ in range(MAX_CORRECTIONS):
             last, measured = tried[-1], loss_of(tried[-1].schemes)
             if last.loss == 0 or measured <= 0 or allowed * (1 - CLOSE) < measured <= allowed:
                 break
             predicted = last.loss * allowed / measured
-            tried.append(allocate(items, objective="size", limits=replace(costs, max_loss=predicted)))
+            tried.append(self._allocate(items, "size", replace(costs, max_loss=predicted)))
         return tried
 
     @property
@@ -333,12 +336,12 @@ class Search:
             start_loss=start,
             size_bytes=size,
             memory_bytes=memory(self.shape, real, work, hardware).total_bytes,
-            average_bits=8 * allocation.size_bytes / self._num_weights,
+            average_bits=8 * allocation.size_bytes / self.costs.num_weights,
             tokens_per_s=None if step is None else work.batch / step,
             frontier=tuple(
                 {
                     "size_bytes": each.size_bytes + others,
-                    "average_bits": 8 * each.size_bytes / self._num_weights,
+                    "average_bits": 8 * each.size_bytes / self.costs.num_weights,
                     "predicted_loss": each.loss,
                 }
                 for each in frontier(items, NUM_FRONTIER)
@@ -348,17 +351,7 @@ class Search:
 
     def assignment(self, schemes: Mapping[str, str | None]) -> dict[str, Scheme | None]:
         """Schemes with the group sizes that each site really gets."""
-        return {site.name: self._effective(site, schemes[site.name]) for site in self.sites}
-
-    def _effective(self, site: Site, scheme: str | None) -> Scheme | None:
-        if scheme is None:
-            return None
-        wished = Recipe(scheme=Scheme.parse(scheme), ignore=(), ragged=self.recipe.ragged)
-        return resolve(wished, [site]).sites[site.name].effective
-
-    @property
-    def _num_weights(self) -> int:
-        return sum(site.out_features * site.in_features for site in self.sites)
+        return self.costs.assignment(schemes)
 
     def _cache_name(self) -> str:
         parts = [self.model.skeleton.checkpoint.audit(), hash_tokens(self.calibration), self.recipe.range_method]
@@ -366,26 +359,5 @@ class Search:
         return f"measured-{key}-{self.num_windows}.jsonl"
 
 
-def _allowed(
-    sites: Sequence[Site], menu: Sequence[str], recipe: Recipe, min_bits: Mapping[str, int]
-) -> dict[str, tuple[str | None, ...]]:
-    """Which schemes each site may have: what the recipe keeps in 16 bit or fixes has no choice.
-
-    Raises:
-        RecipeError: a pattern of `min_bits` matches no site.
-    """
-    for pattern in min_bits:
-        if not any(matches(pattern, site.name) for site in sites):
-            raise RecipeError(f"--min-bits {pattern}: matches no site that can be quantized.")
-    found: dict[str, tuple[str | None, ...]] = {}
-    for site in sites:
-        least = max((bits for pattern, bits in min_bits.items() if matches(pattern, site.name)), default=0)
-        rule = next((rule for rule in reversed(recipe.rules) if matches(rule.pattern, site.name)), None)
-        if any(matches(pattern, site.name) for pattern in recipe.ignore):
-            found[site.name] = (None,)
-        elif rule is not None:
-            found[site.name] = (None if rule.scheme is None else str(rule.scheme),)
-        else:
-            kept = [name for name in menu if Scheme.parse(name).weights.format.bits >= least]
-            found[site.name] = (*kept, None)
-    return found
+def _loss(members: Sequence[Site], scheme: str | None, sensitivity: Sensitivity) -> float:
+    return sum(0.0 if scheme is None else sensitivity.values[site.name][scheme] for site in members)

@@ -11,6 +11,7 @@ some site, except one that matches `lm_head`: heads are kept whether or not a re
 
 import difflib
 import fnmatch
+import glob
 import hashlib
 import json
 import math
@@ -280,6 +281,16 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
+def rule_of(recipe: Recipe, name: str) -> Rule | None:
+    """Return the rule that decides about a site: the last one that matches."""
+    return next((rule for rule in reversed(recipe.rules) if matches(rule.pattern, name)), None)
+
+
+def pattern_of(name: str) -> str:
+    """Return the pattern that a site alone matches; names of experts end in `[0]`, which would be a class."""
+    return glob.escape(name)
+
+
 def _check_coverage(recipe: Recipe, sites: Sequence[Site]) -> None:
     names = [site.name for site in sites]
     quantizable = [site.name for site in sites if site.kind in QUANTIZABLE_KINDS]
@@ -308,13 +319,12 @@ def _plan_site(recipe: Recipe, site: Site) -> SitePlan:
         if matches(pattern, site.name):
             return _kept(f"ignored by pattern '{pattern}'")
     scheme, method, repairs, reason = recipe.scheme, recipe.method, recipe.repairs, "recipe"
-    for rule in reversed(recipe.rules):
-        if matches(rule.pattern, site.name):
-            if rule.scheme is None:
-                return _kept(f"kept by rule '{rule.pattern}'")
-            scheme, method, reason = rule.scheme, rule.method or recipe.method, f"rule '{rule.pattern}'"
-            repairs = recipe.repairs if rule.repairs is None else rule.repairs
-            break
+    rule = rule_of(recipe, site.name)
+    if rule is not None:
+        if rule.scheme is None:
+            return _kept(f"kept by rule '{rule.pattern}'")
+        scheme, method, reason = rule.scheme, rule.method or recipe.method, f"rule '{rule.pattern}'"
+        repairs = recipe.repairs if rule.repairs is None else rule.repairs
     group_size = _group_size(scheme, site, recipe.ragged)
     asked = scheme.weights.granularity.group_size
     if group_size != asked:

@@ -5,7 +5,7 @@ own, for the whole model. A model has one quantization method.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -41,12 +41,7 @@ def choose_layouts(
         RecipeError: the layout asked for cannot hold a site, or transformers could not read it back.
     """
     quantized = {site: scheme for site in sites if (scheme := plan[site.name].effective) is not None}
-    for site in quantized:
-        if site.transposed:
-            raise ShapeError(
-                f"{site.name}: stored as [in, out] (GPT-2's Conv1D, experts of gpt-oss), which no layout holds. "
-                "Ignore it, or convert the model to Linear weights first."
-            )
+    refuse_transposed(quantized)
     chosen = {site.name: layout_of(scheme, site.in_features, dtype) for site, scheme in quantized.items()}
     problem = _ct_problem(sites, plan, quantized, chosen, dtype) or _dtype_problem(quantized, dtype, stored)
     if asked != own.NAME and problem is None:
@@ -57,6 +52,16 @@ def choose_layouts(
     if own_problem is not None:
         raise RecipeError(own_problem)
     return dict.fromkeys(chosen, own.NAME)
+
+
+def refuse_transposed(quantized: Iterable[Site]) -> None:
+    """Raises ShapeError for a site that no layout holds."""
+    for site in quantized:
+        if site.transposed:
+            raise ShapeError(
+                f"{site.name}: stored as [in, out] (GPT-2's Conv1D, experts of gpt-oss), which no layout holds. "
+                "Ignore it, or convert the model to Linear weights first."
+            )
 
 
 def carried_by(scheme: Scheme) -> tuple[str, ...]:

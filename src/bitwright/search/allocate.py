@@ -32,6 +32,19 @@ _TOLERANCE = 1e-9
 _Floats = NDArray[np.float64]
 
 
+class Infeasible(RecipeError):
+    """No allocation keeps the limits.
+
+    Attributes:
+        needed: resource -> the least that its limit would have to be: alone, or with the other limits as they are.
+        is_joint: every limit can be kept alone, but not all together.
+    """
+
+    def __init__(self, message: str, *, needed: Mapping[str, float], is_joint: bool) -> None:
+        super().__init__(message)
+        self.needed, self.is_joint = needed, is_joint
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
     """One way to store an item.
@@ -121,15 +134,15 @@ def allocate(items: Sequence[Item], *, objective: Objective = "loss", limits: Li
         objective: what to minimise.
         limits: what the sums may not exceed.
     Raises:
-        RecipeError: nothing keeps the limits; says which limit is to blame and what can be reached. Or losses that are
-            not finite.
+        Infeasible: nothing keeps the limits; says which limit is to blame and what can be reached.
+        RecipeError: losses that are not finite.
     """
     _check(items)
     bounds = limits or Limits()
     primary = _RESOURCES[objective]
     best = _solve(items, primary, bounds.given())
     if best is None:
-        raise RecipeError(_why_infeasible(items, bounds.given()))
+        raise _infeasible(items, bounds.given())
     return allocation_of(items, best)
 
 
@@ -220,30 +233,32 @@ def _undominated(choices: Sequence[Choice], resources: Sequence[str]) -> list[Ch
     return kept
 
 
-def _why_infeasible(items: Sequence[Item], limits: Mapping[str, float]) -> str:
-    """Say which limit cannot be kept, alone or beside the others, and what can be reached instead."""
+def _infeasible(items: Sequence[Item], limits: Mapping[str, float]) -> Infeasible:
+    """Find which limit cannot be kept, alone or beside the others, and what can be reached instead."""
     for resource, limit in limits.items():
         least = _solve(items, resource, {})
         if least is not None and not _within(total(least, resource), limit):
-            return (
+            return Infeasible(
                 f"max_{resource} {_show(resource, limit)} cannot be kept: the least that the choices reach is "
-                f"{_show(resource, total(least, resource))}. Raise it, or offer smaller schemes."
-            )
-    reached: list[str] = []
-    for resource, limit in limits.items():
+                f"{_show(resource, total(least, resource))}. Raise it, or offer smaller schemes.",
+                needed={resource: total(least, resource)}, is_joint=False,
+            )  # fmt: skip
+    needed: dict[str, float] = {}
+    for resource in limits:
         others = {name: value for name, value in limits.items() if name != resource}
         least = _solve(items, resource, others)
         if least is not None:
-            reached.append(
-                f"max_{resource} {_show(resource, limit)} would have to be {_show(resource, total(least, resource))}"
-            )
-    if not reached:
+            needed[resource] = total(least, resource)
+    if not needed:
         names = ", ".join(f"max_{name}" for name in limits)
-        return f"{names} contradict each other, in more than one pair. Give two of them at a time."
-    return (
+        problem = f"{names} contradict each other, in more than one pair. Give two of them at a time."
+        return Infeasible(problem, needed=needed, is_joint=True)
+    reached = [f"max_{r} {_show(r, limits[r])} would have to be {_show(r, value)}" for r, value in needed.items()]
+    return Infeasible(
         f"max_{' and max_'.join(limits)} cannot be kept together, though each can alone: with the others as they are, "
-        f"{', or '.join(reached)}. Raise one of them, or offer more schemes."
-    )
+        f"{', or '.join(reached)}. Raise one of them, or offer more schemes.",
+        needed=needed, is_joint=True,
+    )  # fmt: skip
 
 
 def _check(items: Sequence[Item]) -> None:

@@ -57,6 +57,14 @@ def fused_sets(structure: ModelStructure) -> tuple[tuple[str, ...], ...]:
     return tuple(names for block in structure.blocks for names in block_sets(block))
 
 
+def join_stacks(sets: Sequence[tuple[str, ...]], sites: Sequence[Site]) -> tuple[tuple[str, ...], ...]:
+    """Join the sets of all experts in 3-D parameters, which transformers reads by one scheme for the whole model."""
+    stacked = {site.name for site in sites if site.index is not None}
+    joined = tuple(name for names in sets if stacked.intersection(names) for name in names)
+    others = [names for names in sets if not stacked.intersection(names)]
+    return (*others, joined) if joined else tuple(others)
+
+
 def block_sets(block: BlockStructure) -> tuple[tuple[str, ...], ...]:
     """Return the sites of one block in sets: those of a group that are alike, and all experts together.
 
