@@ -1,7 +1,7 @@
 """A search keeps its budget, its fused sets and the recipe's rules, and what it says of sizes is what is written."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bitwright.budget import Budget
-from bitwright.errors import RecipeError, ShapeError
+from bitwright.errors import RecipeError, RunError, ShapeError
 from bitwright.escalation import Rung, apply
 from bitwright.mixture import Search
 from bitwright.options import LowRankOptions
@@ -242,8 +242,12 @@ def test_another_mix_is_quantized_anew(make: Make, recipe: Recipe, tiny_llama_di
     search = make(recipe, average_bits=6.0)
     fine = search.run(rounds=0)
     coarse = replace(fine, schemes=dict.fromkeys((site.name for site in search.sites), "W2A16-g32"))
-    for found in (coarse, fine):
-        done = apply(search, found, found.recipe(recipe), tmp_path / "out", quantizer(tiny_llama_dir), repair=False)
+    mine = quantizer(tiny_llama_dir)
+    apply(search, coarse, coarse.recipe(recipe), tmp_path / "out", mine, repair=False)
+    with pytest.raises(RunError, match="belongs to another search"):
+        apply(search, fine, fine.recipe(recipe), tmp_path / "out", must_not_quantize, repair=False)
+    for found in (fine, coarse):
+        done = apply(search, found, found.recipe(recipe), tmp_path / "out", mine, repair=False, fresh=True)
         assert not done.was_finished
         assert resolve(Recipe.from_mapping(_recipe_of(done.result.run)), search.sites).sites == (
             resolve(found.recipe(recipe), search.sites).sites
@@ -295,6 +299,56 @@ def test_the_last_rung_but_16_bit_is_a_low_rank_addend_where_the_layout_holds_on
     assert rules == dict.fromkeys(climbed, None if after == "16 bit" else ("low_rank", "bias"))
     record = next(each for each in read_jsonl(done.result.run / "5-records.jsonl") if each["kind"] == "repair")
     assert record["to"] == after
+
+
+def judged(kls: Sequence[float], recipes: list[Recipe]) -> Callable[[Recipe, Path], QuantizeResult]:
+    """A quantizer whose models lose what is given, one after the other."""
+
+    def judge(recipe: Recipe, folder: Path) -> QuantizeResult:
+        recipes.append(recipe)
+        folder.mkdir(parents=True)
+        (folder / "5-records.jsonl").touch()
+        kl = kls[min(len(recipes), len(kls)) - 1]
+        results = {"kl_mean": kl, "perplexity": 1 + kl, "reference_perplexity": 1.0, "layouts": ["pack-quantized"]}
+        return QuantizeResult(run=folder, results=results, failure=None, resumed_blocks=0)
+
+    return judge
+
+
+def test_a_round_that_made_it_worse_is_taken_back(make: Make, tmp_path: Path) -> None:
+    search, recipes = make(average_bits=15.0, max_kl=0.1), list[Recipe]()
+    coarse = replace(search.run(rounds=0), schemes=dict.fromkeys((site.name for site in search.sites), "W2A16-g32"))
+    kls = [0.2, 0.15, 0.5, 0.6]
+    done = apply(search, coarse, coarse.recipe(search.recipe), tmp_path, judged(kls, recipes), repair=True)
+    assert done.result.results["kl_mean"] == 0.15
+    assert {step.step for step in done.steps} == {1}
+    assert done.recipe == recipes[1]
+    assert done.failure is not None
+    assert "also after 8 rounds of repair" in done.failure
+    assert "no room" not in done.failure
+
+
+def test_only_the_limits_that_were_given_are_judged(make: Make, tmp_path: Path) -> None:
+    search = make(average_bits=6.0, max_ppl_increase=9.0)
+    found = search.run(rounds=0)
+    assert search.recipe.max_kl == 1.0
+    recipe = found.recipe(search.recipe)
+    assert apply(search, found, recipe, tmp_path / "a", judged([2.0], []), repair=True).failure is None
+    failed = apply(search, found, recipe, tmp_path / "b", judged([20.0], []), repair=False).failure
+    assert failed is not None
+    assert "where 900 % more perplexity were allowed. Leave out --no-repair" in failed
+
+
+def test_what_a_rule_fixes_does_not_climb(make: Make, tmp_path: Path) -> None:
+    rule = Rule(pattern="*.down_proj", scheme=Scheme.parse("W2A16-g32"), method="rtn", repairs=("bias",))
+    search, recipes = make(Recipe(method="gptq", rules=(rule,)), average_bits=9.0, max_kl=0.1), list[Recipe]()
+    found = search.run(rounds=0)
+    apply(search, found, found.recipe(search.recipe), tmp_path, judged([1.0], recipes), repair=True)
+    assert len(recipes) > 1
+    plan = resolve(recipes[-1], search.sites).sites
+    assert {
+        (str(entry.scheme), entry.method, entry.repairs) for name, entry in plan.items() if name.endswith("down_proj")
+    } == {("W2A16-g32", "rtn", ("bias",))}
 
 
 def test_a_low_rank_addend_needs_room(make: Make) -> None:

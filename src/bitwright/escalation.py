@@ -10,9 +10,10 @@ in 16 bit. They climb one rung, and the model is quantized again:
                           both together are smaller than 16 bit
     16 bit
 
-A rung that the budget has no room for is left out. Every step is a record of the final run, and so in its report. All
-rounds are runs of their own until one is chosen, so that a killed command goes on where it stopped, and a finished one
-is seen to be finished: the record of the search in the chosen run says what was asked.
+A rung that the budget has no room for is left out, and so is a site that the recipe fixes. The round with the least
+loss is kept; its steps are records of the run, and so in its report. All rounds are runs of their own until one is
+chosen, so that a killed command goes on where it stopped, and a finished one is seen to be finished: the record of the
+search in the chosen run says what was asked.
 """
 
 import hashlib
@@ -24,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.data.windows import hash_tokens
-from bitwright.errors import ShapeError
+from bitwright.errors import RunError, ShapeError
 from bitwright.methods.low_rank import LOW_RANK
 from bitwright.mixture import Found, Measure, Search
 from bitwright.model.layouts import own
 from bitwright.pipeline import QuantizeResult
-from bitwright.recipe import Recipe, Rule
+from bitwright.recipe import Recipe, Rule, pattern_of, resolve, rule_of
 from bitwright.records import append_jsonl, read_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
@@ -99,60 +100,102 @@ class Applied:
     """A finished search: the run, and what was mended on the way.
 
     Attributes:
-        failure: why the budget on quality does not hold although nothing is left to do; None if it holds.
+        recipe: of the run; with what was mended.
+        failure: why the budget on quality does not hold; None if it does.
         was_finished: an earlier call had done all of it.
     """
 
     result: QuantizeResult
     steps: tuple[Step, ...]
+    recipe: Recipe
     failure: str | None
     was_finished: bool = False
 
 
-def apply(search: Search, found: Found, recipe: Recipe, folder: Path, quantize: Quantize, *, repair: bool) -> Applied:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """A quantized model, how it came to be, and how many times what may be lost it loses."""
+
+    recipe: Recipe
+    result: QuantizeResult
+    steps: tuple[Step, ...]
+    gap: float
+
+
+def apply(
+    search: Search, found: Found, recipe: Recipe, folder: Path, quantize: Quantize, *, repair: bool, fresh: bool = False
+) -> Applied:
     """Quantize what a search found into `folder`/run, and mend it; the same call again returns what it finds there.
 
     Args:
         search: that found it.
         found: which scheme for which site.
-        recipe: that quantizes so; its method is where every item begins.
+        recipe: that quantizes so; its methods are where the items begin.
         folder: of the search.
         quantize: a recipe into a run directory.
         repair: mend the worst sites while the gate does not hold.
+        fresh: replace the run of another search.
     Raises:
+        RunError: the folder has the run of another search.
         BitwrightError: whatever `quantize` raises.
     """
     asked = _identity(search, found, recipe, repair=repair)
-    finished = _finished(search, folder, asked)
+    finished = _finished(folder, asked)
     if finished is not None:
         return finished
-    everywhere = LOW_RANK in recipe.repairs
-    rungs = {
-        site: Rung(scheme=scheme, method=recipe.method, low_rank=everywhere) for site, scheme in found.schemes.items()
-    }
-    result = quantize(recipe, folder / "round-0")
-    steps: list[Step] = []
-    if repair and _gap(search, result) > 1:
-        with search.measuring(extra=_finer_groups(search.menu)) as measure:
-            for number in range(1, MAX_ROUNDS + 1):
-                holds_addends = result.results["layouts"] == [own.NAME]
-                climbed = _climb(search, rungs, measure, holds_addends=holds_addends)
-                if not climbed or _gap(search, result) <= 1:
-                    break
-                rungs |= {site: after for sites, _, after, _ in climbed for site in sites}
-                better = quantize(_recipe_of(recipe, rungs), folder / f"round-{number}")
-                steps += [
-                    Step(
-                        step=number, site=sites[0], sites=sites, before=str(before), after=str(after),
-                        contribution=loss, kl_before=result.results["kl_mean"], kl_after=better.results["kl_mean"],
-                    )
-                    for sites, before, after, loss in climbed
-                ]  # fmt: skip
-                result = better
+    if (folder / CHOSEN).exists() and not fresh:
+        raise RunError(
+            f"{folder / CHOSEN}: belongs to another search. Choose another --out, or --fresh to replace that run."
+        )
+    rounds, remark = _rounds(search, found, recipe, folder / f"round-{asked[:8]}", quantize, repair=repair)
+    best = min(rounds, key=lambda each: each.gap)
+    failure = None if best.gap <= 1 else f"{_lost_too_much(search, best.result)}{remark}"
     summary = {"kind": SEARCH, "asked": asked, "budget": _described(search), **asdict(found)}
-    _finish(search, summary, folder, result.run, steps)
-    done = replace(result, run=folder / CHOSEN)
-    return Applied(result=done, steps=tuple(steps), failure=_failure(search, done))
+    summary |= {"rounds": len(rounds), "failure": failure}
+    _finish(search, summary, folder, best.result.run, best.steps)
+    done = replace(best.result, run=folder / CHOSEN)
+    return Applied(result=done, steps=best.steps, recipe=best.recipe, failure=failure)
+
+
+def _rounds(
+    search: Search, found: Found, recipe: Recipe, place: Path, quantize: Quantize, *, repair: bool
+) -> tuple[list[_Round], str]:
+    """Quantize and mend; return all rounds, and what to do should the best of them lose too much."""
+    plan = resolve(recipe, search.sites).sites
+    rungs = {
+        site: Rung(scheme=scheme, method=plan[site].method or recipe.method, low_rank=LOW_RANK in plan[site].repairs)
+        for site, scheme in found.schemes.items()
+    }
+
+    def quantized(wanted: Recipe, number: int) -> _Round:
+        result = quantize(wanted, place.with_name(f"{place.name}-{number}"))
+        return _Round(recipe=wanted, result=result, steps=(), gap=_gap(search, result))
+
+    rounds = [quantized(recipe, 0)]
+    if not repair:
+        return rounds, ". Leave out --no-repair, raise a limit, or offer larger schemes."
+    if rounds[0].gap <= 1:
+        return rounds, ""
+    with search.measuring(extra=_finer_groups(search.menu)) as measure:
+        for number in range(1, MAX_ROUNDS + 1):
+            last = rounds[-1]
+            holds_addends = last.result.results["layouts"] == [own.NAME]
+            climbed = _climb(search, rungs, measure, holds_addends=holds_addends)
+            if not climbed:
+                return rounds, ", and the budget leaves no room to mend it. Raise a limit, or offer larger schemes."
+            rungs |= {site: after for sites, _, after, _ in climbed for site in sites}
+            better = quantized(_recipe_of(recipe, rungs), number)
+            steps = tuple(
+                Step(
+                    step=number, site=sites[0], sites=sites, before=str(before), after=str(after), contribution=loss,
+                    kl_before=last.result.results["kl_mean"], kl_after=better.result.results["kl_mean"],
+                )
+                for sites, before, after, loss in climbed
+            )  # fmt: skip
+            rounds.append(replace(better, steps=(*last.steps, *steps)))
+            if better.gap <= 1:
+                break
+    return rounds, f", also after {MAX_ROUNDS} rounds of repair. Raise a limit, or search with a stricter one."
 
 
 def _identity(search: Search, found: Found, recipe: Recipe, *, repair: bool) -> str:
@@ -166,24 +209,26 @@ def _identity(search: Search, found: Found, recipe: Recipe, *, repair: bool) -> 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _finished(search: Search, folder: Path, asked: str) -> Applied | None:
+def _finished(folder: Path, asked: str) -> Applied | None:
     """What an earlier call for the same left; None where there is nothing, or something else."""
     run = RunDirectory(folder / CHOSEN)
     if not run.is_complete:
         return None
     records = read_jsonl(run.records)
-    if not _are_of(records, asked):
+    summary = _summary_of(records, asked)
+    if summary is None:
         return None
     _remove_rounds(folder)
     info = run.info
     assert info is not None
     result = QuantizeResult(run=run.path, results=info["results"], failure=info["failure"], resumed_blocks=0)
     steps = tuple(Step.from_record(record) for record in records if record["kind"] == REPAIR)
-    return Applied(result=result, steps=steps, failure=_failure(search, result), was_finished=True)
+    recipe = Recipe.from_mapping(info["asked"]["recipe"])
+    return Applied(result=result, steps=steps, recipe=recipe, failure=summary["failure"], was_finished=True)
 
 
-def _are_of(records: Sequence[Mapping[str, Any]], asked: str) -> bool:
-    return any(record["kind"] == SEARCH and record.get("asked") == asked for record in records)
+def _summary_of(records: Sequence[Mapping[str, Any]], asked: str) -> Mapping[str, Any] | None:
+    return next((each for each in records if each["kind"] == SEARCH and each.get("asked") == asked), None)
 
 
 def _finish(search: Search, summary: Mapping[str, Any], folder: Path, best: Path, steps: Sequence[Step]) -> None:
@@ -192,7 +237,7 @@ def _finish(search: Search, summary: Mapping[str, Any], folder: Path, best: Path
     The run takes its place when all is written, so that one in its place is finished.
     """
     records = RunDirectory(best).records
-    if not _are_of(read_jsonl(records), summary["asked"]):
+    if _summary_of(read_jsonl(records), summary["asked"]) is None:
         append_jsonl(records, *_sensitivities(search), *(step.to_record() for step in steps), summary)
     run = folder / CHOSEN
     if run.exists():
@@ -220,15 +265,12 @@ def _sensitivities(search: Search) -> list[dict[str, Any]]:
 
 def _gap(search: Search, result: QuantizeResult) -> float:
     """How many times what may be lost was lost; at most 1 if the gate holds."""
-    budget, lost = search.budget, result.results
-    shares = [lost["kl_mean"] / (search.recipe.max_kl if budget.max_kl is None else budget.max_kl)]
+    budget, lost, shares = search.budget, result.results, list[float]()
+    if budget.max_kl is not None or budget.max_ppl_increase is None:
+        shares.append(lost["kl_mean"] / (budget.max_kl or search.recipe.max_kl))
     if budget.max_ppl_increase is not None:
         shares.append((lost["perplexity"] / lost["reference_perplexity"] - 1) / budget.max_ppl_increase)
     return max(shares)
-
-
-def _failure(search: Search, result: QuantizeResult) -> str | None:
-    return None if _gap(search, result) <= 1 else _lost_too_much(search, result)
 
 
 def _lost_too_much(search: Search, result: QuantizeResult) -> str:
@@ -241,8 +283,7 @@ def _lost_too_much(search: Search, result: QuantizeResult) -> str:
     more = 100 * (lost["perplexity"] / lost["reference_perplexity"] - 1)
     return (
         f"lost KL {lost['kl_mean']:.3g} nats per token and {more:.2g} % of perplexity, where "
-        f"{' and '.join(wanted) or f'KL {search.recipe.max_kl:g}'} were allowed, and the budget leaves no room to mend "
-        "it. Raise a limit, or offer larger schemes."
+        f"{' and '.join(wanted) or f'KL {search.recipe.max_kl:g}'} were allowed"
     )
 
 
@@ -258,7 +299,10 @@ _Climbed = tuple[tuple[str, ...], Rung, Rung, float]
 def _climb(search: Search, rungs: Mapping[str, Rung], measure: Measure, *, holds_addends: bool) -> list[_Climbed]:
     """The items that cost most and have a rung above: their sites, where they were, where they go, what they cost."""
     schemes = {site: rung.scheme for site, rung in rungs.items()}
-    quantized = [sites for sites in search.sets if schemes[sites[0].name] is not None]
+    quantized = [
+        sites for sites in search.sets
+        if schemes[sites[0].name] is not None and len(search.allowed[sites[0].name]) > 1
+    ]  # fmt: skip
     names = [tuple(site.name for site in sites) for sites in quantized]
     without = [{**schemes, **dict.fromkeys(each, None)} for each in names]
     whole, *others = measure([schemes, *without])
@@ -322,15 +366,21 @@ def _fits(search: Search, schemes: Mapping[str, str | None], addends: Collection
 
 
 def _recipe_of(recipe: Recipe, rungs: Mapping[str, Rung]) -> Recipe:
-    everywhere = LOW_RANK in recipe.repairs
-    rules = tuple(
-        Rule(
-            pattern=site,
-            scheme=None if rung.scheme is None else Scheme.parse(rung.scheme),
-            method=None if rung.scheme is None or rung.method == recipe.method else rung.method,
-            repairs=(LOW_RANK, *recipe.repairs) if rung.scheme and rung.low_rank and not everywhere else None,
+    """A recipe with the schemes and methods of rungs; repairs stay those that it has, but for addends."""
+    rules: list[Rule] = []
+    for site, rung in rungs.items():
+        pattern, given = pattern_of(site), rule_of(recipe, site)
+        if rung.scheme is None:
+            rules.append(Rule(pattern=pattern, scheme=None))
+            continue
+        repairs = recipe.repairs if given is None or given.repairs is None else given.repairs
+        repairs = (LOW_RANK, *repairs) if rung.low_rank and LOW_RANK not in repairs else repairs
+        rule = Rule(
+            pattern=pattern,
+            scheme=Scheme.parse(rung.scheme),
+            method=None if rung.method == recipe.method else rung.method,
+            repairs=None if repairs == recipe.repairs else repairs,
         )
-        for site, rung in rungs.items()
-        if rung != Rung(scheme=str(recipe.scheme), method=recipe.method, low_rank=everywhere)
-    )
-    return replace(recipe, rules=rules)
+        if rule != Rule(pattern=pattern, scheme=recipe.scheme):
+            rules.append(rule)
+    return replace(recipe, rules=tuple(rules))

@@ -47,6 +47,7 @@ def search(
     polish: Annotated[int, typer.Option(min=0, help="Rounds of evolution on measured divergence.")] = 10,
     apply: Annotated[bool, typer.Option("--apply", help="Quantize what was found.")] = False,
     repair: Annotated[bool, typer.Option(help="With --apply: mend the worst sites until the gate holds.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="With --apply: replace the run of another search.")] = False,
     measure_speed: MeasureSpeed = False,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
@@ -103,7 +104,10 @@ def search(
         def run(recipe: Recipe, folder: Path) -> QuantizeResult:
             return quantize(model, recipe, folder, progress=progress, **place)
 
-        applied = carry_out(found_by, found, chosen, out, run, repair=repair) if apply else None
+        applied = None
+        if apply:
+            applied = carry_out(found_by, found, chosen, out, run, repair=repair, fresh=fresh)
+            found.write(out, applied.recipe)
     is_silent = quiet or as_json
     if not is_silent:
         show(_summary(found, out, applied), _mix_table(found), _frontier_table(found), width=PIPE_WIDTH)
