@@ -279,3 +279,39 @@ def test_models_that_do_not_belong_together_are_refused(healthy: dict[str, Path]
         diagnose_checkpoint(healthy["compressed-tensors"], healthy["compressed-tensors"])
     with pytest.raises(CheckpointError, match="num_hidden_layers is 2"):
         diagnose_checkpoint(demo_model(), healthy["compressed-tensors"])
+
+
+def _with_tensors(healthy: Path, out: Path, added: dict[str, torch.Tensor], **settings: object) -> Path:
+    """A copy with more tensors and other settings of the quantization."""
+    _changed_copy(healthy, out, {})
+    file = next(out.glob("*.safetensors"))
+    save_file({**load_file(file), **added}, file)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] |= settings
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return out
+
+
+def test_an_activation_order_is_refused_once_and_not_taken_for_damage(
+    healthy: dict[str, Path], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    order = {f"{SITE}.weight_g_idx": torch.arange(64, dtype=torch.int32)}
+    ordered = _with_tensors(healthy["compressed-tensors"], tmp_path / "ordered", order)
+
+    with pytest.raises(CheckpointError, match=r"weight_g_idx.*activation order.*not supported") as error:
+        diagnose_checkpoint(tiny_llama_dir, ordered, seqlen=64)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_scales_of_a_cache_belong_to_a_checkpoint_that_says_so(
+    is_declared: bool, healthy: dict[str, Path], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    attention = "model.layers.0.self_attn"
+    scales = {f"{attention}.{name}": torch.ones(1) for name in ("k_scale", "v_scale")}
+    scheme = {"num_bits": 8, "type": "float"} if is_declared else None
+    cached = _with_tensors(healthy["compressed-tensors"], tmp_path / "cached", scales, kv_cache_scheme=scheme)
+
+    kinds = {finding.kind for finding in diagnose_checkpoint(tiny_llama_dir, cached, seqlen=64).findings}
+
+    assert ("extra-tensor" in kinds) != is_declared

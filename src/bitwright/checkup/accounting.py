@@ -2,15 +2,18 @@
 
 import re
 from collections import defaultdict
+from typing import Any, cast
 
 from bitwright.checkup.findings import Finding
-from bitwright.checkup.stored import DamagedCheckpoint, is_covered, missing_finding
+from bitwright.checkup.stored import QUANTIZATION, DamagedCheckpoint, is_covered, missing_finding
 from bitwright.errors import CheckpointError
 from bitwright.model.layouts.stored import module_of
 from bitwright.model.sites import block_sites
 from bitwright.model.stream import StreamedModel
 
 SHOWN = 3
+CACHE_PARTS = ("k_scale", "k_zero_point", "v_scale", "v_zero_point")
+"""What engines read from an attention layer where the configuration gives the cache a format."""
 
 
 def account(original: StreamedModel, quantized: StreamedModel, checkpoint: DamagedCheckpoint) -> list[Finding]:
@@ -21,6 +24,8 @@ def account(original: StreamedModel, quantized: StreamedModel, checkpoint: Damag
     missing = [name for name in needed if name not in checkpoint.held and name not in packed]
     findings = [missing_finding(name) for name in missing]
     extra = sorted(set(quantized.skeleton.unused) - unused - set(original.skeleton.checkpoint.names))
+    if cast(dict[str, Any], checkpoint.config[QUANTIZATION]).get("kv_cache_scheme"):
+        extra = [name for name in extra if name.rpartition(".")[2] not in CACHE_PARTS]
     if extra:
         findings.append(_extra(extra))
     return [*findings, *_unquantized(original, checkpoint, packed, set(missing))]

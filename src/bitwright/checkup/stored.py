@@ -45,6 +45,8 @@ class DamagedCheckpoint(Checkpoint):
         self._original = original
         quantization = from_config(config[QUANTIZATION], path)
         self._quantization = quantization
+        if isinstance(quantization, CtQuantization):
+            quantization.refuse_activation_order(self.stored)
         self.problems: dict[str, str] = {}
         for module in _packed_modules(quantization, self.stored):
             try:

@@ -113,6 +113,7 @@ class CtQuantization:
     def weights(self, stored: Iterable[str]) -> dict[str, list[str]]:
         """Every module with a `weight_scale` is quantized."""
         names = set(stored)
+        self.refuse_activation_order(names)
         found: dict[str, list[str]] = {}
         for name in sorted(names):
             module, _, leaf = name.rpartition(".")
@@ -120,11 +121,6 @@ class CtQuantization:
                 raise CheckpointError(f"{self.path}: {name} has no scale beside it; the file is incomplete.")
             if leaf != "weight_scale":
                 continue
-            if f"{module}.weight_g_idx" in names:
-                raise CheckpointError(
-                    f"{self.path}: {module}.weight_g_idx gives the columns an order at run time, which is not "
-                    "supported. Quantize the original with a static order."
-                )
             self._check_version(module)
             parts = [f"{module}.{part}" for part in CT_PARTS if f"{module}.{part}" in names]
             _, layout, entry = self._group(module)
@@ -133,6 +129,15 @@ class CtQuantization:
                 raise CheckpointError(f"{self.path}: {missing[0]} is missing; the file is incomplete.")
             found[f"{module}.weight"] = parts
         return found
+
+    def refuse_activation_order(self, stored: Iterable[str]) -> None:
+        """Raise CheckpointError where columns have an order of their own: codes mean other weights without it."""
+        ordered = sorted(name for name in stored if name.endswith(".weight_g_idx"))
+        if ordered:
+            raise CheckpointError(
+                f"{self.path}: {ordered[0]} gives the columns an order at run time (activation order), which is not "
+                "supported. Quantize the original with a static order."
+            )
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
         """As the protocol says."""
