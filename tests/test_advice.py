@@ -13,8 +13,13 @@ from bitwright.advice import advise
 from bitwright.advice_answers import duration, method_for
 from bitwright.budget import parse_size
 from bitwright.cli.advise_command import advise as command
-from bitwright.errors import RecipeError, UnknownName
+from bitwright.errors import CheckpointError, RecipeError, UnknownName
 from bitwright.methods.composition import compose
+from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.stream import StreamedModel
+from bitwright.pipeline import quantize
+from bitwright.recipe_builder import build_recipe
+from bitwright.search.model_shape import shape_of_model
 from bitwright.search.scenarios import MENU, SCENARIOS
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
@@ -158,3 +163,14 @@ def test_bad_input_is_one_line() -> None:
         advise(config, scenario="edge", hardware="h1000")
     with pytest.raises(RecipeError, match="--kv-bits"):
         advise(config, scenario="edge", kv_bits=0)
+
+
+def test_a_model_that_is_quantized_already_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """The search describes its model by the same function."""
+    recipe = build_recipe(None, {"scheme": "W4A16-g32", "method": "rtn", "max_kl": 100.0}, {"seqlen": 64}, ignore=())
+    run = quantize(tiny_llama_dir, recipe, tmp_path / "run").run
+    for packed in (run, run / "4-model"):
+        with pytest.raises(CheckpointError, match=r"already quantized\. Give the original\.$"):
+            advise(packed, scenario="edge")
+    with pytest.raises(CheckpointError, match=r"already quantized\. Give the original\.$"):
+        shape_of_model(StreamedModel(open_checkpoint(run)))

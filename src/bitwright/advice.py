@@ -91,7 +91,7 @@ def advise(
         trust_remote_code: let the model's own code run.
     Raises:
         UnknownName: no such scenario or hardware.
-        CheckpointError: no model can be built.
+        CheckpointError: no model can be built, or it is quantized already.
         RecipeError: numbers that cannot be.
     """
     place = SCENARIOS[scenario]
