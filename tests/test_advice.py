@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from transformers import GptOssConfig, MixtralConfig
+from transformers import GptOssConfig, LlamaConfig, MixtralConfig
 from typer.testing import CliRunner
 
-from bitwright.advice import advise
-from bitwright.advice_answers import duration, method_for
+from bitwright.advice import Advice, advise
+from bitwright.advice_answers import Answer, duration, method_for
 from bitwright.budget import parse_size
 from bitwright.cli.advise_command import advise as command
 from bitwright.errors import CheckpointError, RecipeError, UnknownName
@@ -174,3 +174,42 @@ def test_a_model_that_is_quantized_already_is_refused(tiny_llama_dir: Path, tmp_
             advise(packed, scenario="edge")
     with pytest.raises(CheckpointError, match=r"already quantized\. Give the original\.$"):
         shape_of_model(StreamedModel(open_checkpoint(run)))
+
+
+def _small(folder: Path, *, hidden_size: int = 576, heads: int = 9) -> Path:
+    """SmolLM2-135M by its shapes: 128 does not divide its rows, and 64 does."""
+    LlamaConfig(
+        hidden_size=hidden_size, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=heads,
+        num_key_value_heads=heads // 3, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def _answer(found: Advice, question: str) -> Answer:
+    return next(answer for answer in found.answers if answer.question.startswith(question))
+
+
+def test_groups_that_do_not_divide_the_rows_give_way_to_smaller_ones(tmp_path: Path) -> None:
+    found = advise(_small(tmp_path), scenario="iot")
+    sizes = {option.scheme: option.size_bytes for option in found.options}
+    assert found.scheme == "W4A16-g64"
+    assert _answer(found, "Which scheme?").reason.startswith("these shapes do not allow W4A16-g128, usual here")
+    assert sizes["W4A16-g128"] is None
+    assert sizes["W3A16-g128"] is None
+    assert sizes["W3A16-g64"] is not None
+
+
+def test_where_no_candidate_is_possible_a_smaller_scheme_is_named(tmp_path: Path) -> None:
+    """Rows of 12 are shorter than any group."""
+    found = advise(_small(tmp_path, hidden_size=12, heads=3), scenario="iot")
+    assert found.scheme == "ternary"
+    assert all(option.size_bytes is None for option in found.options if option.scheme and "-g" in option.scheme)
+    assert _answer(found, "Weights alone").reason.startswith("W4A16 is not possible: model.layers.0.")
+
+
+@pytest.mark.parametrize("scenario", ["cloud", "edge"])
+def test_a_device_that_is_set_is_not_asked_for(scenario: str, tmp_path: Path) -> None:
+    found = advise(_small(tmp_path), scenario=scenario)
+    assert found.hardware is not None
+    assert "a step of" in _answer(found, "Weights alone").reason
+    assert not any("name a device" in answer.reason for answer in found.answers)

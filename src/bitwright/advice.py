@@ -15,6 +15,8 @@ from bitwright.advice_answers import MEMORY_SHARE, Answer, Data, Option, Situati
 from bitwright.errors import RecipeError, ShapeError
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
+from bitwright.numerics.granularity import Granularity
+from bitwright.recipe import STANDARD_GROUP_SIZES
 from bitwright.schemes import Scheme
 from bitwright.search.cost import Workload, memory, speed
 from bitwright.search.cpu_profile import find_hardware
@@ -39,7 +41,7 @@ class Advice:
         scenario: its name.
         hardware: name of the device; None without one.
         work: what it is used for.
-        options: every scheme of the menu, 16 bit first.
+        options: every scheme of the menu, 16 bit first; after one whose groups do not fit, one with smaller groups.
         answers: to the questions, in order.
         scheme: the one to use; None where nothing fits.
         commands: to run next, in order.
@@ -102,9 +104,11 @@ def advise(
     device = None if name is None else find_hardware(name)
     tokens = context or min(place.context, shape.max_context or place.context)
     work = _workload(tokens, prompt, batch or place.batch, kv_bits)
-    proxies = {} if model is None else sampled_sqnr_db(model, [Scheme.parse(scheme) for scheme in MENU])
-    options = (_option(shape, None, work, device, {}), *(_option(shape, s, work, device, proxies) for s in MENU))
-    now = Situation(scenario=scenario, work=work, hardware=device, data=data, options=options)
+    instead = _finer_groups(shape)
+    menu = tuple(dict.fromkeys(each for scheme in MENU for each in (scheme, instead.get(scheme, scheme))))
+    proxies = {} if model is None else sampled_sqnr_db(model, [Scheme.parse(scheme) for scheme in menu])
+    options = (_option(shape, None, work, device, {}), *(_option(shape, s, work, device, proxies) for s in menu))
+    now = Situation(scenario=scenario, work=work, hardware=device, data=data, options=options, instead=instead)
     chosen = choose(now)
     model_name = NO_WEIGHTS_NAME if model is None else shlex.quote(str(source))
     return Advice(
@@ -134,6 +138,29 @@ def _open(source: str | Path, *, trust_remote_code: bool) -> StreamedModel | Non
     if not folder.is_dir() or not any(folder.glob("*.safetensors")):
         return None
     return StreamedModel(open_checkpoint(folder), trust_remote_code=trust_remote_code)
+
+
+def _finer_groups(shape: ModelShape) -> dict[str, str]:
+    """Schemes of the menu whose groups do not fit the rows -> the same in the largest smaller groups that do."""
+    found: dict[str, str] = {}
+    for name in MENU:
+        scheme = Scheme.parse(name)
+        granularity = scheme.weights.granularity
+        if granularity.kind != "group" or granularity.group_size is None or _is_possible(shape, scheme):
+            continue
+        smaller = (size for size in sorted(STANDARD_GROUP_SIZES, reverse=True) if size < granularity.group_size)
+        finer = (scheme.with_granularity(Granularity(kind="group", group_size=size)) for size in smaller)
+        if fitting := next((each for each in finer if _is_possible(shape, each)), None):
+            found[name] = str(fitting)
+    return found
+
+
+def _is_possible(shape: ModelShape, scheme: Scheme) -> bool:
+    try:
+        exported_bytes(shape, shape.uniform(scheme))
+    except (ShapeError, RecipeError):
+        return False
+    return True
 
 
 def _option(

@@ -1,7 +1,7 @@
 """The decision trees of advice: each question has an answer and the figures that decided it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bitwright.numerics.integer import IntegerFormat
@@ -62,30 +62,36 @@ class Situation:
     hardware: Hardware | None
     data: Data
     options: Sequence[Option]
+    instead: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Schemes whose groups do not fit the rows -> the same in smaller groups that do."""
 
     def option(self, scheme: str | None) -> Option:
-        """The option with a scheme."""
-        return next(option for option in self.options if option.scheme == scheme)
+        """The option with a scheme, or with what is offered instead."""
+        wanted = None if scheme is None else self.instead.get(scheme, scheme)
+        return next(option for option in self.options if option.scheme == wanted)
 
 
 def choose(now: Situation) -> Option | None:
     """Return the scheme to use: of the candidates that fit, the most faithful that is not much slower than the fastest.
 
-    None where nothing fits the device.
+    Where no candidate can be used, the first of the scenario's smaller schemes that can; None where none can.
     """
     scenario = SCENARIOS[now.scenario]
-    candidates = [now.option(name) for name in scenario.candidates]
-    usable = [option for option in candidates if option.size_bytes is not None and option.fits is not False]
-    if now.hardware is None:
-        return usable[-1] if usable else None
+    usable = _usable(now, scenario.candidates)
+    if not usable:
+        return next(iter(_usable(now, scenario.smaller)), None)
     with_kernel = [option for option in usable if option.has_kernel]
     if now.scenario == "finetune" or not with_kernel:
-        smaller = [now.option(name) for name in scenario.smaller]
-        left = usable or [option for option in smaller if option.size_bytes is not None and option.fits]
-        return left[-1] if usable else left[0] if left else None
+        return usable[-1]
     times = {option.scheme: _request_seconds(now, option) for option in with_kernel}
     fastest = min(times.values())
     return next(option for option in with_kernel if times[option.scheme] <= WORTH * fastest)
+
+
+def _usable(now: Situation, schemes: Sequence[str]) -> list[Option]:
+    """Options that the shapes allow and that are not known to be too large."""
+    options = [now.option(scheme) for scheme in schemes]
+    return [option for option in options if option.size_bytes is not None and option.fits is not False]
 
 
 def method_for(scheme: str, data: Data) -> tuple[str, str]:
@@ -138,7 +144,10 @@ def _weights_or_both(now: Situation) -> Answer:
     """W4A16 or W8A8: what decides is whether the device waits for memory or for arithmetic."""
     question = "Weights alone (W4A16), or activations too (W8A8)?"
     weights, both = now.option(Q4), now.option(Q8_BOTH)
-    if both.size_bytes is None and weights.size_bytes is not None:
+    if weights.size_bytes is None:
+        answer = "neither" if both.size_bytes is None else "activations too"
+        return Answer(question=question, answer=answer, reason=f"W4A16 is not possible: {weights.note}")
+    if both.size_bytes is None:
         return Answer(question=question, answer="weights alone", reason=f"W8A8 is not possible: {both.note}")
     if weights.speed is None or both.speed is None or now.hardware is None:
         reason = (
@@ -178,7 +187,9 @@ def _which(now: Situation, chosen: Option | None) -> Answer:
         return Answer(question=question, answer="none fits", reason=reason)
     assert chosen.scheme is not None
     if now.hardware is None:
-        reason = f"usual for this scenario; {gigabytes(chosen.size_bytes or 0)} of files"
+        usual = place.candidates[-1]
+        why = "usual for this scenario" if chosen.scheme == usual else f"these shapes do not allow {usual}, usual here"
+        reason = f"{why}; {gigabytes(chosen.size_bytes or 0)} of files"
     elif not chosen.has_kernel:
         reason = "it fits, but no kernel is known for this device: it saves disk, and no time"
     else:
