@@ -97,13 +97,18 @@ def advise(
         RecipeError: numbers that cannot be.
     """
     place = SCENARIOS[scenario]
-    _check(context, prompt, batch, kv_bits, max_loss)
+    if max_loss is not None and not max_loss > 0:
+        raise RecipeError(f"--max-loss must be above 0, got {max_loss}.")
     model = _open(source, trust_remote_code=trust_remote_code)
     shape = shape_of_config(source, trust_remote_code=trust_remote_code) if model is None else shape_of_model(model)
     name = hardware or place.hardware
     device = None if name is None else find_hardware(name)
-    tokens = context or min(place.context, shape.max_context or place.context)
-    work = _workload(tokens, prompt, batch or place.batch, kv_bits)
+    work = Workload(
+        context=min(place.context, shape.max_context or place.context) if context is None else context,
+        prompt=prompt,
+        batch=place.batch if batch is None else batch,
+        kv_bits=kv_bits,
+    )
     instead = _finer_groups(shape)
     menu = tuple(dict.fromkeys(each for scheme in MENU for each in (scheme, instead.get(scheme, scheme))))
     proxies = {} if model is None else sampled_sqnr_db(model, [Scheme.parse(scheme) for scheme in menu])
@@ -124,12 +129,6 @@ def advise(
         commands=() if chosen is None else _commands(model_name, chosen, now, name, max_loss),
         notes=tuple(_notes(shape, now)),
     )
-
-
-def _workload(context: int, prompt: int | None, batch: int, kv_bits: float) -> Workload:
-    if prompt is not None and prompt >= context:
-        raise RecipeError(f"--prompt {prompt} leaves no room for an answer in a context of {context}. Shorten it.")
-    return Workload(context=context, prompt=prompt, batch=batch, kv_bits=kv_bits)
 
 
 def _open(source: str | Path, *, trust_remote_code: bool) -> StreamedModel | None:
@@ -254,11 +253,3 @@ def _expert_notes(chosen: int, experts: int, work: Workload) -> list[str]:
         f"an expert sees {chosen / experts:.0%} of the calibration text: take more of it (--samples) than for a dense "
         "model",
     ]
-
-
-def _check(context: int | None, prompt: int | None, batch: int | None, kv_bits: float, max_loss: float | None) -> None:
-    for name, value in (("--context", context), ("--prompt", prompt), ("--batch", batch), ("--max-loss", max_loss)):
-        if value is not None and not value > 0:
-            raise RecipeError(f"{name} must be above 0, got {value}.")
-    if not 0 < kv_bits <= 32:
-        raise RecipeError(f"--kv-bits must be above 0 and at most 32, got {kv_bits:g}.")

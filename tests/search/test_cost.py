@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bitwright.errors import RecipeError
 from bitwright.schemes import Scheme
 from bitwright.search.cost import Workload, cache_bytes, memory, site_latency, site_seconds, speed
 from bitwright.search.hardware import Hardware, load_hardware
@@ -70,3 +72,19 @@ def test_the_cache(seven: ModelShape) -> None:
     assert cache_bytes(seven, 1000, 3, 4) * 4 == cache_bytes(seven, 1000, 3, 16)
     windowed = replace(seven, caches=(LayerCache(values_per_token=10, window=100),))
     assert cache_bytes(windowed, 1000, 1, 8) == 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_bits": -8.0}, "--kv-bits must be above 0 and at most 32, got -8"),
+        ({"kv_bits": 0.0}, "--kv-bits"),
+        ({"context": 0}, "--context must be at least 1, got 0"),
+        ({"batch": -1}, "--batch"),
+        ({"prompt": 0}, "--prompt"),
+        ({"context": 16, "prompt": 16}, "--prompt 16 leaves no room"),
+    ],
+)
+def test_a_workload_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Workload(**options)

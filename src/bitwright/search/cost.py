@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bitwright.errors import RecipeError
 from bitwright.model.sites import Site
 from bitwright.schemes import Scheme
 from bitwright.search.hardware import Arithmetic, Hardware
@@ -33,6 +34,8 @@ class Workload:
         prompt: tokens before the first answer; half of the context unless given.
         kv_bits: of a number in the cache, scales included.
         chunk: tokens of the prompt that an engine takes at once.
+    Raises:
+        RecipeError: numbers that cannot be.
     """
 
     context: int = 4096
@@ -40,6 +43,17 @@ class Workload:
     prompt: int | None = None
     kv_bits: float = 16.0
     chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        for option, value in (("--context", self.context), ("--prompt", self.prompt), ("--batch", self.batch)):
+            if value is not None and value < 1:
+                raise RecipeError(f"{option} must be at least 1, got {value}.")
+        if not 0 < self.kv_bits <= 32:
+            raise RecipeError(f"--kv-bits must be above 0 and at most 32, got {self.kv_bits:g}.")
+        if self.prompt is not None and self.prompt >= self.context:
+            raise RecipeError(
+                f"--prompt {self.prompt} leaves no room for an answer in a context of {self.context}. Shorten it."
+            )
 
     @property
     def prompt_tokens(self) -> int:
