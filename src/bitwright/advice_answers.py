@@ -191,7 +191,8 @@ def _which(now: Situation, chosen: Option | None) -> Answer:
         why = "usual for this scenario" if chosen.scheme == usual else f"these shapes do not allow {usual}, usual here"
         reason = f"{why}; {gigabytes(chosen.size_bytes or 0)} of files"
     elif not chosen.has_kernel:
-        reason = "it fits, but no kernel is known for this device: it saves disk, and no time"
+        saved = "memory and disk" if now.hardware.stays_packed else "disk"
+        reason = f"it fits, but no kernel is known for this device: it saves {saved}, and no time"
     else:
         requests = "a request" if now.work.batch == 1 else f"{now.work.batch} requests at once"
         seconds = duration(_request_seconds(now, chosen))

@@ -59,6 +59,13 @@ def test_without_a_device_the_largest_weight_is_decoded_beside_the_packed_ones(s
     assert (here.weight_bytes, here.cache_bytes) == (there.weight_bytes, there.cache_bytes)
 
 
+def test_a_device_that_keeps_codes_saves_memory_and_no_time(seven: ModelShape, a100: Hardware) -> None:
+    packed, work = replace(a100, kernels=(), stays_packed=True), Workload(context=1024)
+    four = seven.uniform(Scheme.parse("W4A16-g128"))
+    assert memory(seven, four, work, packed) == memory(seven, four, work, None)
+    assert speed(seven, four, work, packed) == speed(seven, four, work, replace(packed, stays_packed=False))
+
+
 def test_what_is_not_published_is_not_computed(seven: ModelShape) -> None:
     found = speed(seven, {}, Workload(), load_hardware("apple-m3-max"))
     assert found.prefill_s is None

@@ -79,4 +79,5 @@ def test_unknown_names_and_keys_are_errors(tmp_path: Path) -> None:
 def test_this_machine_is_measured_and_written(tmp_path: Path) -> None:
     measured = calibrate_cpu(tmp_path / "this.yaml", seconds_each=0.01)
     assert load_hardware(tmp_path / "this.yaml") == measured
+    assert measured.stays_packed
     assert set(measured.tera_ops_per_s) == {"float32", "bf16", "int8"}

@@ -90,7 +90,7 @@ def _figures(found: "Advice") -> Table:
     caption = (
         f"memory: with a full cache, {work.batch} × {work.context} tokens in {work.kv_bits:g} bits; tokens/s: at most, "
         "all sequences together; J: at the rated watts; SQNR: of sampled weights. Without a kernel codes are decoded "
-        "to 16 bit first, and lie and move in these"
+        "to 16 bit first, and move in these; they lie in these too, but for this-cpu, where they stay codes"
     )
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     columns = (

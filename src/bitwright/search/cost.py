@@ -3,7 +3,8 @@
 A product takes as long as the slower of two things: moving its operands at the bandwidth of the memory, and computing
 at the rate of the arithmetic that its kernel uses. Both are peaks, so times are lower bounds: real engines reach a part
 of them, and the order of two assignments is worth more than either figure. A scheme that the device has no kernel for
-is decoded first, to the model's own 16 (or 32) bits. Then its bytes count in these, in memory and on the way.
+is decoded first, to the model's own 16 (or 32) bits. Then its bytes count in these, in memory (unless the device keeps
+codes there) and on the way.
 
 Everything is a sum over sites, which is what lets `allocate` choose among assignments exactly.
 """
@@ -99,18 +100,20 @@ def memory(
 ) -> Memory:
     """Return what a model needs at the end of the context.
 
-    Without `hardware` it runs as `nn.linear` does: weights stay packed, and one at a time is decoded. Room for the
-    largest is counted whatever the assignment, so that what a choice costs remains a sum over sites.
+    Without `hardware`, or where that keeps codes, it runs as `nn.linear` does: weights stay packed, and one at a time
+    is decoded. Room for the largest is counted whatever the assignment, so that what a choice costs remains a sum over
+    sites.
     """
     weights = sum(tensor.num_bytes for tensor in shape.kept)
     weights += sum(resident_bytes(shape, site, assignment.get(site.name), hardware) for site in shape.sites)
     tokens = min(work.chunk, max(1, work.prompt_tokens)) * work.batch
     numbers = tokens * (shape.hidden_size + shape.widest) * _WORKSPACE_COPIES
     logits = work.batch * shape.vocab_size * 4
+    one_decoded = _decoded_bytes(shape) if hardware is None or hardware.stays_packed else 0
     return Memory(
         weight_bytes=weights,
         cache_bytes=cache_bytes(shape, work.context, work.batch, work.kv_bits),
-        workspace_bytes=numbers * shape.dtype.itemsize + logits + (_decoded_bytes(shape) if hardware is None else 0),
+        workspace_bytes=numbers * shape.dtype.itemsize + logits + one_decoded,
     )
 
 
@@ -130,10 +133,14 @@ def cache_bytes(shape: ModelShape, context: int, batch: int, kv_bits: float) -> 
 
 def resident_bytes(shape: ModelShape, site: Site, scheme: Scheme | None, hardware: Hardware | None) -> int:
     """Bytes of a site in the memory of a device, where it lies as it is multiplied."""
-    if hardware is not None and _is_decoded(site, scheme, hardware):
-        return site.out_features * site.in_features * shape.dtype.itemsize
+    if hardware is not None and not hardware.stays_packed and _is_decoded(site, scheme, hardware):
+        return _dense_bytes(shape, site)
     rank = shape.ranks.get(site.name, 0)
     return site_bytes(site, scheme, shape.site_dtypes[site.name], shape.dtype, rank=rank)
+
+
+def _dense_bytes(shape: ModelShape, site: Site) -> int:
+    return site.out_features * site.in_features * shape.dtype.itemsize
 
 
 def site_seconds(
@@ -147,7 +154,8 @@ def site_seconds(
     """
     share = shape.share(site)
     reached, woken = tokens * share, 1.0 - (1.0 - share) ** tokens
-    moved = woken * resident_bytes(shape, site, scheme, hardware)
+    is_decoded = _is_decoded(site, scheme, hardware)
+    moved = woken * (_dense_bytes(shape, site) if is_decoded else resident_bytes(shape, site, scheme, hardware))
     moved += reached * (site.in_features + site.out_features) * shape.dtype.itemsize
     rate = hardware.ops_per_s(_arithmetic(shape, site, scheme, hardware))
     operations = 2.0 * reached * site.in_features * site.out_features

@@ -79,6 +79,8 @@ class Hardware:
         tera_ops_per_s: dense rate of each arithmetic, 10^12 multiplications and additions.
         watts: at full load; None where it is not published.
         kernels: products on codes.
+        stays_packed: weights without a kernel lie there as codes, and each is decoded when it is multiplied, as
+            bitwright's own layers do; elsewhere an engine decodes them all when it loads them.
         note: what to know before believing a figure.
     """
 
@@ -89,6 +91,7 @@ class Hardware:
     tera_ops_per_s: Mapping[str, float]
     watts: float | None = None
     kernels: tuple[Kernel, ...] = ()
+    stays_packed: bool = False
     checked: str = ""
     note: str = ""
 
