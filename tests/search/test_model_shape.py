@@ -210,6 +210,18 @@ def test_windows_of_layers(saved: Callable[..., Path]) -> None:
     assert [cache.window for cache in shape.caches] == [8, None]
 
 
+def test_heads_that_differ_between_layers(saved: Callable[..., Path]) -> None:
+    """Gemma 4 has wider heads in the layers that see everything; the whole's configuration refuses to say either."""
+    settings = BASE | {"head_dim": 16, "global_head_dim": 32, "sliding_window": 4, "num_hidden_layers": 6}
+    settings |= {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8}
+    folder = saved("Gemma4TextConfig", settings)
+    shape, model = shape_of_config(folder), _built(folder)
+    assert [cache.window for cache in shape.caches] == [4] * 5 + [None]
+    layers = model(input_ids=torch.arange(3, 6).view(1, 3), use_cache=True).past_key_values.layers
+    assert cache_bytes(shape, 3, 1, 32) == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert shape.attention_width == (5 * 4 * 16 + 4 * 32) // 6
+
+
 def test_layers_that_differ_are_refused(saved: Callable[..., Path]) -> None:
     settings = {key: value for key, value in BASE.items() if key not in ("intermediate_size", "num_hidden_layers")}
     settings |= {key: LATENT[key] for key in LATENT if "head" in key or "rank" in key} | {"num_layers": 2}

@@ -9,7 +9,7 @@ somewhat fewer experts than the expected number.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -80,7 +80,7 @@ class ModelShape:
         caches: of each layer that attends to earlier tokens.
         hidden_size: numbers per token between blocks.
         attention_width: numbers per token in the queries of one layer, or the mean of these and its outputs where keys
-            and values differ in width.
+            and values differ in width; the mean of all layers where these differ.
         widest: numbers per token inside a block at once, at most.
         vocab_size: logits per token.
         max_context: tokens the model was made for; None if its configuration does not say.
@@ -274,24 +274,35 @@ def _caches(config: Any) -> Iterator[LayerCache]:
 
     Latent attention (MLA) keeps what keys and values are computed from.
     """
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    values = 2 * heads * _head_dim(config)
-    if latent := getattr(config, "kv_lora_rank", None):
-        values = int(latent) + int(config.qk_rope_head_dim)
-    for layer in DynamicCache(config=config).layers:
-        if isinstance(layer, DynamicLayer):
-            yield LayerCache(values_per_token=values, window=getattr(layer, "sliding_window", None))
+    for layer, cached in zip(_layers(config), DynamicCache(config=config).layers, strict=False):
+        if isinstance(cached, DynamicLayer):
+            heads = int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+            values = 2 * heads * _head_dim(layer)
+            if latent := getattr(layer, "kv_lora_rank", None):
+                values = int(latent) + int(layer.qk_rope_head_dim)
+            yield LayerCache(values_per_token=values, window=getattr(cached, "sliding_window", None))
 
 
 def _attention_width(config: Any) -> int:
-    heads = int(config.num_attention_heads)
-    if getattr(config, "kv_lora_rank", None):
-        return heads * (int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim) + int(config.v_head_dim)) // 2
-    return heads * _head_dim(config)
+    """Of a layer; the mean where layers differ."""
+    layers = _layers(config)
+    return sum(map(_attention_width_of, layers)) // len(layers)
 
 
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or int(config.hidden_size) // int(config.num_attention_heads))
+def _attention_width_of(layer: Any) -> int:
+    heads = int(layer.num_attention_heads)
+    if getattr(layer, "kv_lora_rank", None):
+        return heads * (int(layer.qk_nope_head_dim) + int(layer.qk_rope_head_dim) + int(layer.v_head_dim)) // 2
+    return heads * _head_dim(layer)
+
+
+def _head_dim(layer: Any) -> int:
+    return int(getattr(layer, "head_dim", None) or int(layer.hidden_size) // int(layer.num_attention_heads))
+
+
+def _layers(config: Any) -> Sequence[Any]:
+    """The configuration of each layer: what differs between layers cannot be read from the whole's."""
+    return getattr(config, "per_layer_config", None) or [config] * int(config.num_hidden_layers)
 
 
 def _routed(config: Any, sites: tuple[Site, ...]) -> tuple[int, int] | None:
@@ -303,14 +314,18 @@ def _routed(config: Any, sites: tuple[Site, ...]) -> tuple[int, int] | None:
     experts = _experts_per_layer(sites)
     if not experts:
         return None
-    known = next((getattr(config, key) for key in _ROUTED_PER_TOKEN if getattr(config, key, None)), None)
+    per_layer = [
+        next((found for key in _ROUTED_PER_TOKEN if (found := getattr(layer, key, None))), None)
+        for layer in _layers(config)
+    ]
+    known = [each for each in per_layer if each is not None]
     name = type(config).__name__
-    if known is None:
+    if not known:
         raise BitwrightError(
             f"{name}: has experts, and none of {', '.join(_ROUTED_PER_TOKEN)} says how many a token goes through. "
             "Costs of this model are not known."
         )
-    chosen = {int(each) for each in known} if isinstance(known, (list, tuple)) else {int(known)}
+    chosen = {int(n) for each in known for n in (each if isinstance(each, (list, tuple)) else (each,))}
     if len(chosen) > 1 or len(experts) > 1:
         raise BitwrightError(
             f"{name}: layers have {sorted(experts)} experts, of which a token goes through {sorted(chosen)}. "
