@@ -12,6 +12,7 @@ from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.preparation import model_sites
 from bitwright.schemes import Scheme
+from bitwright.search.question import Task
 from bitwright.search.rounding import Rounder
 from bitwright.search.sensitivity import Sensitivity, measure_sensitivities, measure_sensitivity
 
@@ -94,3 +95,25 @@ def test_a_model_without_a_named_cache_is_refused(tmp_path: Path) -> None:
     model = StreamedModel(open_checkpoint(tmp_path / "gpt2"))
     with pytest.raises(RecipeError, match="no sites called k_proj or v_proj"):
         measure_sensitivity(model, model_sites(model), WINDOWS % 64, score="measured", folder=tmp_path, target="cache")
+
+
+def test_a_trace_of_more_probes_is_measured_again(streamed: StreamedModel, tmp_path: Path) -> None:
+    one, three = (measure(streamed, tmp_path, scores=["trace"], num_probes=n)["trace"] for n in (1, 3))
+    assert one.values != three.values
+    assert measure(streamed, tmp_path / "fresh", scores=["trace"], num_probes=3)["trace"].values == three.values
+
+
+def test_a_task_is_evaluated_again_in_another_dtype(streamed: StreamedModel, tmp_path: Path) -> None:
+    dtypes: list[torch.dtype] = []
+
+    def evaluate(model: StreamedModel) -> float:
+        dtypes.append(model.dtype)
+        return 0.0
+
+    half = StreamedModel(streamed.skeleton.checkpoint, dtype=torch.bfloat16)
+    for model in (streamed, half, half):
+        measure_sensitivity(
+            model, model_sites(model)[:1], WINDOWS, score="task", folder=tmp_path, schemes=SCHEMES[:1],
+            task=Task(name="none", evaluate=evaluate),
+        )  # fmt: skip
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2

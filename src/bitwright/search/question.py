@@ -29,7 +29,7 @@ CHEAP_SCORES: Mapping[Target, tuple[str, ...]] = {
     "cache": (),
 }
 GRADIENT_SCORES = ("fisher", "output_gradient", "window_gradient")
-MEASURED, TASK = "measured", "task"
+TRACE, MEASURED, TASK = "trace", "measured", "task"
 CACHED_OUTPUTS = {"k_proj": "k_cache", "v_proj": "v_cache"}
 """The last part of a site's name -> that of the cache its output goes to. Structure alone does not tell k from v."""
 
@@ -120,7 +120,7 @@ class Question:
             model=DifferentiableModel.of(model), source=model, sites=sites, calibration=calibration, target=target,
             schemes=tuple(schemes), recipe=recipe or Recipe(), folder=folder, work=folder / f"work-{share.rank}",
             share=share, seed=seed, num_measured_windows=min(num_measured_windows, calibration.shape[0]),
-            num_probes=num_probes, task=task, progress=progress,
+            num_probes=min(num_probes, calibration.shape[0]), task=task, progress=progress,
         )  # fmt: skip
         _ = question.rounder if target == "weights" else question.quantizers
         return question
@@ -153,7 +153,18 @@ class Question:
 
     def cache(self, score: str) -> ScoreCache:
         """The rows of a score that are known."""
-        return ScoreCache(self.folder, f"{self.target}-{score}", self.share.rank)
+        return ScoreCache(self.folder, f"{self.target}-{self._table(score)}", self.share.rank)
+
+    def _table(self, score: str) -> str:
+        """The score with what it depends on beside what the folder stands for."""
+        if score == MEASURED:
+            return f"{score}-{self.num_measured_windows}"
+        if score == TRACE:
+            return f"{score}-{self.num_probes}"
+        if score == TASK:
+            assert self.task is not None
+            return f"{score}-{self.task.name}-{str(self.source.dtype).removeprefix('torch.')}"
+        return score
 
     def block_of(self, site: Site) -> int:
         """Index of the block that a site is in."""

@@ -9,7 +9,7 @@ from bitwright.model.sites import Site, weight_view
 from bitwright.model.stream import StreamedModel
 from bitwright.search.choices import change_of
 from bitwright.search.divergence import DivergenceBench
-from bitwright.search.question import MEASURED, Question
+from bitwright.search.question import MEASURED, TASK, Question
 from bitwright.search.score_cache import ScoreCache
 
 ORIGINAL = "original"
@@ -18,7 +18,7 @@ ORIGINAL = "original"
 
 def measure_divergences(question: Question) -> None:
     """Measure the KL divergence with each site of this rank's share quantized alone, where it is not known."""
-    cache = question.cache(f"{MEASURED}-{question.num_measured_windows}")
+    cache = question.cache(MEASURED)
     own = [site for site in _own_sites(question) if cache.missing(_row(question, site), question.names)]
     if not own:
         return
@@ -30,16 +30,10 @@ def measure_divergences(question: Question) -> None:
         question.progress("measured", done + 1, len(own))
 
 
-def task_table(question: Question) -> str:
-    """Return the name of the table in which the scores of a task are kept."""
-    assert question.task is not None
-    return f"task-{question.task.name}"
-
-
 def measure_task(question: Question) -> None:
     """Measure what each site of this rank's share, quantized alone, takes from the score of the task."""
     assert question.task is not None
-    cache = question.cache(task_table(question))
+    cache = question.cache(TASK)
     missing = {site: cache.missing(site.name, question.names) for site in _own_sites(question)}
     if not any(missing.values()):
         return

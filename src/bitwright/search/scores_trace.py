@@ -31,7 +31,7 @@ def hessian_traces(question: Question) -> dict[str, float]:
         ResourceError: the whole model does not fit into memory.
         RunError: another rank does not deliver its probes.
     """
-    num_probes = min(question.num_probes, question.calibration.shape[0])
+    num_probes = question.num_probes
     cache = question.cache("probe")
     names = [site.name for site in question.sites]
     own = [probe for probe in range(num_probes) if question.share.has(probe) and cache.missing(str(probe), names)]

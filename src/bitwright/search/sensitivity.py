@@ -31,6 +31,7 @@ from bitwright.search.question import (
     LAYER_SCORES,
     MEASURED,
     TASK,
+    TRACE,
     Question,
     Target,
     Task,
@@ -39,7 +40,7 @@ from bitwright.search.question import (
 )
 from bitwright.search.score_cache import Share
 from bitwright.search.scores_cheap import CheapScores
-from bitwright.search.scores_measured import measure_divergences, measure_task, task_table
+from bitwright.search.scores_measured import measure_divergences, measure_task
 from bitwright.search.scores_trace import hessian_traces
 
 MENUS: Mapping[Target, tuple[str, ...]] = {
@@ -176,7 +177,7 @@ def measure_sensitivities(
 def _answer(question: Question, scores: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Measure this rank's share, then wait for the others': score -> site -> scheme -> value."""
     cheap = [score for score in scores if score in LAYER_SCORES]
-    traces = hessian_traces(question) if "trace" in cheap else {}
+    traces = hessian_traces(question) if TRACE in cheap else {}
     if cheap:
         CheapScores(question, cheap, traces).run()
     if MEASURED in scores:
@@ -185,19 +186,13 @@ def _answer(question: Question, scores: Sequence[str]) -> dict[str, dict[str, di
         measure_task(question)
     tables: dict[str, dict[str, dict[str, float]]] = {}
     for score in scores:
-        cache = question.cache(_table(question, score))
+        cache = question.cache(score)
         cache.wait(question.rows, question.names, lambda done, total: question.progress("together", done, total))
         columns = question.names
         tables[score] = {
             row: {SIXTEEN_BIT: 0.0, **{scheme: cache.rows[row][scheme] for scheme in columns}} for row in question.rows
         }
     return tables
-
-
-def _table(question: Question, score: str) -> str:
-    if score == MEASURED:
-        return f"{MEASURED}-{question.num_measured_windows}"
-    return task_table(question) if score == TASK else score
 
 
 def _key(model_hash: str, data_hash: str, recipe: Recipe, seed: int, device: str) -> str:
