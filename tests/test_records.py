@@ -125,6 +125,22 @@ def test_a_file_is_replaced_whole_and_nothing_else_stays(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_two_ranks_may_replace_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second writes all of its own between the first's last byte and its rename."""
+    path, replace, others = tmp_path / "result.json", Path.replace, iter(["1"])
+
+    def interrupted(self: Path, target: Path) -> Path:
+        for rank in others:
+            monkeypatch.setenv("RANK", rank)
+            write_text_atomic(path, "theirs")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    write_text_atomic(path, "ours")
+    assert path.read_text() == "ours"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
 def test_a_failed_replacement_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     write_text_atomic(path, "old")
@@ -138,7 +154,7 @@ def test_a_failed_replacement_leaves_the_old_content(tmp_path: Path, monkeypatch
     with pytest.raises(ResourceError, match="No space left"):
         append_jsonl(tmp_path / "b.jsonl", {"n": 1})
     assert path.read_text() == "old"
-    assert not (tmp_path / ".a.txt.tmp").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_that_is_missing_or_a_file_is_one_clear_line(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def write_text_atomic(path: Path, text: str) -> None:
     Raises:
         ResourceError: the disk is full or the file may not be written; the old content is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_beside(path)
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -170,6 +170,14 @@ def write_text_atomic(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise _cannot_write(path, error) from None
+
+
+def temporary_beside(path: Path) -> Path:
+    """Where to write what will replace a file: each rank elsewhere, since all may write one file at the same time.
+
+    A process that was killed has left it where the next one of its rank writes over it.
+    """
+    return path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")
 
 
 def write_json_atomic(path: Path, value: object) -> None:

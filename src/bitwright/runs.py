@@ -18,7 +18,7 @@ from bitwright.records import write_json_atomic
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
-FIRST_FILES = (LOCK_FILE, f".{RUN_FILE}.tmp")
+_FIRST_FILES = re.compile(rf"{re.escape(LOCK_FILE)}|\.{re.escape(RUN_FILE)}\.\w+\.tmp")
 """All that a start killed before it wrote run.json can leave."""
 _TEMPORARY = re.compile(r"\.tmp\w{6}|\..+\.tmp")  # safetensors' own, and ours
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -77,7 +77,7 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise RunError(f"{self.path}: is a file. Give a directory for the run.")
-        if self.info is None and any(entry.name not in FIRST_FILES for entry in self.path.iterdir()):
+        if self.info is None and any(not _FIRST_FILES.fullmatch(entry.name) for entry in self.path.iterdir()):
             raise RunError(f"{self.path}: not empty and not a run directory. Choose another --out.")
         if self._lock is None and os.access(self.path / LOCK_FILE, os.W_OK):
             self._take_lock()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.errors import ResourceError
-from bitwright.records import sync_folder
+from bitwright.records import sync_folder, temporary_beside
 
 
 def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
@@ -23,7 +23,7 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], facts: Mappin
     Raises:
         ResourceError: the disk is full or the file may not be written; the old content is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_beside(path)
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode
