@@ -140,6 +140,10 @@ class ExampleRun:
         mixed = {"solvers": {f"{first}.q_proj": "rtn"}, "composition": "gptq"}
         sensitivity = {"kind": "sensitivity", "scheme": "W4A16-g128", "score": "fisher"}
         repair = {"kind": "repair", "from": "W4A16-g128", "to": "W8A16-channel"}
+        mixes = [
+            {"size_bytes": size, "average_bits": bits, "predicted_loss": loss}
+            for size, bits, loss in ((2_000_000, 3.1, 0.4), (2_750_000, 4.137, 0.04), (11_000_000, 16.0, 0.0))
+        ]
         chosen = "auto: gptq with gptq leaves error 0.012 here, gptq 0.012"
         return [
             *self.records(),
@@ -158,6 +162,7 @@ class ExampleRun:
             {**repair, "step": 1, "site": f"{second}.o_proj", "kl_before": 0.8, "kl_after": 0.2},
             {"kind": "generation", "prompt": "Once", "before": " upon a time", "after": " upon a hill"},
             {"kind": "generation", "prompt": "Twice", "before": " over", "after": " over"},
+            {"kind": "search", **mixes[1], "measured_loss": 0.05, "frontier": mixes},
             self.speed("original", rate=43.0, weight_bytes=11_000_000, decode_j_per_token=1.5),
             self.speed("result", rate=21.5, weight_bytes=2_800_000, decode_j_per_token=0.75),
             {"kind": "transform", "transform": "awq", "block": first, "what": "scaled", "invariance": 1e-6},

@@ -9,6 +9,8 @@ import pytest
 from bitwright.errors import RunError
 from bitwright.reports.facts import read_facts
 from bitwright.reports.findings import GenerationFact
+from bitwright.reports.mixes import mix_chart
+from bitwright.reports.mixes import summary as summary_of_search
 from bitwright.reports.outlook import next_steps, where
 from bitwright.reports.page import write_report
 from bitwright.reports.site_map import NUM_HISTOGRAMS, site_details, site_map
@@ -58,9 +60,29 @@ def test_page_shows_what_auto_chose_where_and_why(example: Any) -> None:
 
 def test_a_run_without_findings_has_no_empty_sections(example: Any) -> None:
     text = write_report(example.write()).read_text()
-    for part in ('id="auto"', 'id="repairs"', 'id="text"', 'id="transforms"'):
+    for part in ('id="auto"', 'id="repairs"', 'id="text"', 'id="transforms"', 'id="search"'):
         assert part not in text
     assert "this run saw no calibration text, or kept no statistics" in text
+
+
+def test_a_search_shows_its_frontier_and_the_mix_that_it_chose(example: Any) -> None:
+    found = facts_of(example).findings.search
+    assert found is not None
+    chart = mix_chart(found)
+    best, chosen = chart["data"]
+    assert (best["x"], best["y"]) == ([2_000_000, 2_750_000], [0.4, 0.04]), "16 bit loses nothing, and log has no 0"
+    assert (chosen["x"], chosen["y"], chosen["name"]) == ([2_750_000], [0.04], "chosen")
+    assert chart["layout"]["yaxis"]["type"] == "log"
+    assert "chose a mix of 2.75" in summary_of_search(found)
+    page = write_report(example.path).read_text()
+    assert 'data-chart="search"' in page
+    assert "What the search found" in page
+
+
+def test_a_frontier_that_is_none_is_refused(example: Any) -> None:
+    run = example.write(records=[*example.records(), {"kind": "search", "frontier": [3]}])
+    with pytest.raises(RunError, match=r"'search' record 1: frontier is \[3\], not a list of mappings"):
+        read_facts(run)
 
 
 def test_map_has_a_cell_per_role_and_block(example: Any) -> None:

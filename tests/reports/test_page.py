@@ -1,3 +1,4 @@
+import html
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from bitwright.errors import ResourceError, RunError
 from bitwright.reports.comparison import write_comparison
-from bitwright.reports.page import write_report
+from bitwright.reports.page import NUM_JSON_SITES, write_report
 
 NUM_SCRIPTS = 4  # data, the page's own, plotly, and the call that draws
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -277,6 +278,21 @@ def test_half_a_surrogate_pair_does_not_stop_the_report(example: Any) -> None:
     assert "b.?" in Page(write_report(example.write(records=[{"kind": "kept", "site": "b.\ud800", "reason": ""}]))).text
 
 
+def json_of(page: Path) -> Any:
+    """What the page offers to copy and to download."""
+    found = re.search(r"<pre[^>]*>(.*?)</pre>", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return json.loads(html.unescape(found[1]))
+
+
+def test_the_json_has_the_figures_of_every_block_and_site(example: Any) -> None:
+    found = json_of(write_report(example.write()))
+    assert [block["hidden_sqnr_db"] for block in found["blocks"]] == [19.7, 14.2]
+    assert [site["output_sqnr_db"] for site in found["sites"]] == [23.5, 40.26, 11.75, None]
+    assert found["sites"][1]["reason"] == "rule '*.down_proj'"
+    assert found["num_sites_left_out"] == 0
+
+
 def test_ten_thousand_sites_stay_small_and_fast(example: Any) -> None:
     records: list[dict[str, Any]] = [{"kind": "quantize", **example.results}]
     for index in range(50):
@@ -295,6 +311,9 @@ def test_ten_thousand_sites_stay_small_and_fast(example: Any) -> None:
     assert time.perf_counter() - start < 10  # takes one; a quadratic step would take minutes
     assert out.stat().st_size - len(get_plotlyjs().encode()) < 3_000_000
     assert len(Page(out).data["sites"]["site"]) == 10_000
+    found = json_of(out)
+    assert (len(found["sites"]), found["num_sites_left_out"]) == (NUM_JSON_SITES, 10_000 - NUM_JSON_SITES)
+    assert max(site["output_sqnr_db"] for site in found["sites"]) < 22
 
 
 def test_comparison_shows_rows_and_links(tmp_path: Path) -> None:

@@ -83,6 +83,20 @@ def figures(record: Mapping[str, Any], key: str, where: str) -> tuple[float, ...
     return tuple(cast(list[float], found))
 
 
+def mappings(record: Mapping[str, Any], key: str, where: str) -> list[Mapping[str, Any]]:
+    """An entry as a list of mappings; empty if it is absent.
+
+    Raises:
+        RunError: it is none.
+    """
+    value = record.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in cast(list[object], value)):
+        raise _damaged(value, key, where, "a list of mappings")
+    return cast(list[Mapping[str, Any]], value)
+
+
 def mapping_or_empty(value: object) -> Mapping[str, Any]:
     """Return a mapping as it is, anything else as an empty one."""
     return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}

@@ -8,7 +8,7 @@ Kinds of records, each with the fields of its class here:
     repair       one step of an automatic repair
     generation   one continuation of a prompt, before and after (`samples`); of two for one prompt the later
 
-What a training leaves is in `training`, how fast the models run in `speed`.
+What a training leaves is in `training`, how fast the models run in `speed`, what a search found in `mixes`.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitwright.reports.entries import Figure, Records, figure, figures, is_finite, mapping_or_empty, text
+from bitwright.reports.mixes import SearchFact, read_search
 from bitwright.reports.speed import Speeds, read_speeds
 from bitwright.reports.training import MergeFact, Training, read_training
 
@@ -91,7 +92,7 @@ class GenerationFact:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """All of them; histograms by site, training None where there was none."""
+    """All of them; histograms by site, training and search None where there was none."""
 
     trials: tuple[TrialFact, ...]
     sensitivities: tuple[SensitivityFact, ...]
@@ -99,6 +100,7 @@ class Findings:
     repairs: tuple[RepairFact, ...]
     generations: tuple[GenerationFact, ...]
     speeds: Speeds
+    search: SearchFact | None
     training: Training | None
     merges: tuple[MergeFact, ...]
 
@@ -119,6 +121,7 @@ def read_findings(records: Records, task: Mapping[str, Any]) -> Findings:
         repairs=tuple(_repair(record, where) for record, where in records.of("repair")),
         generations=tuple({fact.prompt: fact for fact in records.read(GenerationFact, "generation")}.values()),
         speeds=read_speeds(records),
+        search=read_search(records),
         training=read_training(records, task),
         merges=records.read(MergeFact, "merge"),
     )

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from bitwright.records import write_text_atomic
-from bitwright.reports import channels, charts, outlook, speed, story, training, trials, wording
+from bitwright.reports import channels, charts, mixes, outlook, speed, story, training, trials, wording
 from bitwright.reports.facts import Facts, SiteFact, read_facts
 from bitwright.reports.site_map import site_details, site_map
 from bitwright.runs import RunDirectory
@@ -40,6 +40,8 @@ SITE_DIGITS = {
     "num_weights": 0,
 }
 SITE_WORDS = ("scheme", "method", "reason")
+NUM_JSON_SITES = 1000
+"""At most so many in the JSON, 0.4 kB each; those with the largest error."""
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -70,12 +72,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     headline = {
         "run": str(run), "failure": facts.failure, "asked": facts.asked, "results": asdict(facts.results),
         "evaluations": [asdict(evaluation) for evaluation in facts.evaluations],
-        "speeds": asdict(facts.findings.speeds), **_trained(facts),
+        "speeds": asdict(facts.findings.speeds),
+        "search": None if facts.findings.search is None else asdict(facts.findings.search),
+        **_trained(facts), **_tables(facts),
     }  # fmt: skip
     return write_page(
         "report.html.j2", target, facts=facts, results=facts.results, story=story, outlook=outlook, wording=wording,
         tried=trials.trials(facts), trials=trials, channels=channels, charts=charts, training=training, speed=speed,
-        data=data, json=json_text(headline),
+        mixes=mixes, data=data, json=json_text(headline),
     )  # fmt: skip
 
 
@@ -96,6 +100,19 @@ def _trained(facts: Facts) -> dict[str, Any]:
     if facts.findings.merges:
         found["merges"] = [asdict(merge) for merge in facts.findings.merges]
     return found
+
+
+def _tables(facts: Facts) -> dict[str, Any]:
+    """What the JSON says of blocks and sites: the figures of their tables."""
+    sites = facts.sites
+    if len(sites) > NUM_JSON_SITES:
+        worst = {site.site for site in outlook.ranked_sites(facts)[:NUM_JSON_SITES]}
+        sites = tuple(site for site in sites if site.site in worst)
+    return {
+        "blocks": [asdict(block) for block in facts.blocks],
+        "sites": [asdict(site) for site in sites],
+        "num_sites_left_out": len(facts.sites) - len(sites),
+    }
 
 
 def _training_charts(facts: Facts) -> dict[str, Any]:
@@ -125,6 +142,8 @@ def _charts(facts: Facts, order: Mapping[str, int]) -> dict[str, Any]:
         drawn["weights"] = charts.site_chart(facts.sites, order, "weight_sqnr_db")
     if facts.findings.trials:
         drawn["trials"] = charts.trial_chart(facts.findings.trials, order)
+    if facts.findings.search is not None and mixes.drawn(facts.findings.search):
+        drawn["search"] = mixes.mix_chart(facts.findings.search)
     if facts.channels:
         drawn["channels"] = charts.channel_chart(facts.channels, order, of_block)
     return {**drawn, **_training_charts(facts)}

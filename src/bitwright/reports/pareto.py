@@ -6,7 +6,7 @@ from typing import Any
 
 from bitwright.reports import wording
 from bitwright.reports.entries import Figure, is_finite
-from bitwright.reports.plotting import Chart, framed, log_axis, plain, series
+from bitwright.reports.plotting import Chart, framed, log_axis, padded, plain, series
 
 # Title of a figure's axis, and whether its scale is always logarithmic.
 AXES = {
@@ -47,7 +47,7 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]], x: str = "bits_per_weight") 
         error_x=_spread_bars(drawn, x, "--c0"),
         error_y=_error_bars(drawn, "kl_mean", "--c0"),
     )
-    axis: dict[str, Any] = {"title": {"text": AXES[x][0]}, **_padded([row[x] for row in drawn], alone=0.3)}
+    axis: dict[str, Any] = {"title": {"text": AXES[x][0]}, **padded([row[x] for row in drawn], alone=0.3)}
     if x.endswith("bytes"):
         axis["exponentformat"] = "SI"
     chart = framed([frontier, points], axis, "KL divergence (nats/token)")
@@ -112,14 +112,6 @@ def _frontier_trace(best: Sequence[Mapping[str, Any]], x: str, y: str, *, colour
     trace = series("scatter", [row[x] for row in best], [row[y] for row in best], [], colour=colour)
     line = {"color": f"--c{colour}", "width": 1.5, "dash": "dot"}
     return {**trace, "mode": "lines", "hoverinfo": "skip", "showlegend": False, "line": line}
-
-
-def _padded(values: Sequence[float], *, alone: float) -> dict[str, Any]:
-    """An axis range with room for the labels beside the outermost points; `alone`: as a share of a single value."""
-    if not values:
-        return {}
-    room = 0.22 * (max(values) - min(values)) or alone * abs(values[0]) or 1.0
-    return {"range": [min(values) - room, max(values) + room]}
 
 
 def _error_bars(rows: Sequence[Mapping[str, Any]], name: str, colour: str) -> dict[str, Any]:

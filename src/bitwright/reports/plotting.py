@@ -71,6 +71,14 @@ def log_axis(
     return {**axis, "range": [low, high], "tickvals": ticks, "ticktext": [label(float(f"{x:.3g}")) for x in ticks]}
 
 
+def padded(values: Sequence[float], *, alone: float) -> dict[str, Any]:
+    """An axis range with room for the labels beside the outermost points; `alone`: as a share of a single value."""
+    if not values:
+        return {}
+    room = 0.22 * (max(values) - min(values)) or alone * abs(values[0]) or 1.0
+    return {"range": [min(values) - room, max(values) + room]}
+
+
 def drawable(value: Figure) -> float | None:
     """What JSON can carry of a figure."""
     return round(cast(float, value), 4) if is_finite(value) else None
