@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 import bitwright
 from bitwright.checkup.diagnose import diagnose_checkpoint
-from bitwright.checkup.findings import Checkup, Finding, Severity, worst_first
+from bitwright.checkup.findings import BlockDepth, Checkup, Finding, Severity, worst_first
 from bitwright.checkup.folding import find_folding
+from bitwright.checkup.verdicts import first_to_diverge
 from bitwright.cli.diagnose_command import diagnose
 from bitwright.demo import demo_model
 from bitwright.errors import CheckpointError
@@ -315,3 +316,34 @@ def test_scales_of_a_cache_belong_to_a_checkpoint_that_says_so(
     kinds = {finding.kind for finding in diagnose_checkpoint(tiny_llama_dir, cached, seqlen=64).findings}
 
     assert ("extra-tensor" in kinds) != is_declared
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ((30.0, 28.0, 9.0, 5.0), 2),
+        ((12.0, 10.0, 9.0, 5.0), 0),
+        ((None, 30.0, 29.0, 28.0), 1),
+        ((None, None, None, None), None),
+    ],
+)
+def test_the_first_block_to_diverge_is_where_the_error_of_the_hidden_state_begins(
+    levels: tuple[float | None, ...], expected: int | None
+) -> None:
+    depth = [BlockDepth(block=str(i), hidden_sqnr_db=level, update_sqnr_db=1.0) for i, level in enumerate(levels)]
+    found = first_to_diverge(depth)
+    assert (None if found is None else int(found.block)) == expected
+
+
+def test_the_first_block_to_diverge_is_named_in_words(
+    healthy: dict[str, Path], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """The second block is broken and loses most; the first is healthy."""
+    scale = f"{SITE}.weight_scale"
+    stored = open_checkpoint(healthy["compressed-tensors"] / "4-model").read_stored([scale])[scale]
+    broken = _changed_copy(healthy["compressed-tensors"], tmp_path / "broken", {scale: stored * 64})
+
+    findings = diagnose_checkpoint(tiny_llama_dir, broken, seqlen=64).findings
+
+    (found,) = (finding for finding in findings if finding.kind == "divergence")
+    assert found.what.endswith("The hidden state diverges first after model.layers.1.")

@@ -1,7 +1,7 @@
 """Findings that need the whole examination: scales of another site, losses without a known cause, inputs, depth."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ INPUT_DB = 20.0
 """Inputs that cost more than a tenth of the outputs' amplitude are worth a word."""
 OUTLIER_RATIO = 8.0
 SHOWN_CHANNELS = 4
+DIVERGED_DB = 10.0
+"""So far above its lowest level the error of the hidden state is a third of the largest."""
 LOST_SHARE = 0.5
 """Of ln V: from here on the quantized model knows little of what the original does."""
 
@@ -178,12 +180,22 @@ def _outliers(site: str, level_db: float, ratio: Tensor, loud: Tensor) -> Findin
     )  # fmt: skip
 
 
+def first_to_diverge(depth: Sequence[BlockDepth]) -> BlockDepth | None:
+    """The first block after which the hidden state errs a third as much as it does at worst; None if it never does."""
+    lowest = min((each.hidden_sqnr_db for each in depth if each.hidden_sqnr_db is not None), default=0.0)
+    near = (each for each in depth if each.hidden_sqnr_db is not None and each.hidden_sqnr_db <= lowest + DIVERGED_DB)
+    return next(near, None)
+
+
 def _divergence(exam: Examination, kl: float, vocabulary: int) -> Finding:
-    """The block that loses most; an error where the whole model is lost and nothing else says why."""
+    """The block that loses most, and where that begins; an error where the model is lost and nothing else says why."""
     levels = {depth.block: depth.update_sqnr_db for depth in exam.depth if depth.update_sqnr_db is not None}
     worst = min(levels, key=lambda name: levels[name], default=exam.original.block_names[0])
     last = exam.depth[-1].hidden_sqnr_db
     hidden = "equal" if last is None else f"{last:.1f} dB"
+    first = first_to_diverge(exam.depth)
+    start = "" if first is None else f" The hidden state diverges first after {first.block}."
+    at_start = "hidden state " if first is None else f"hidden state {first.hidden_sqnr_db:.1f} dB after {first.block}, "
     lost = not math.isfinite(kl) or kl > LOST_SHARE * math.log(vocabulary)
     bits = [site.bits for site in exam.figures] or [float(FEW_BITS)]
     known = any(finding.severity == "error" for finding in exam.findings)
@@ -197,10 +209,13 @@ def _divergence(exam: Examination, kl: float, vocabulary: int) -> Finding:
             severity = "warning" if few or behind < 2 * BLOCK_MARGIN_DB else "error"
     return Finding(
         severity=severity, kind="divergence", site=worst,
-        what="The model's outputs have little in common with the original's; this block loses most."
-        if lost
-        else "This block loses most of what the blocks add to the hidden state.",
-        evidence=f"{levels.get(worst, math.inf):.1f} dB of what it adds are kept; hidden state after the last block "
-        f"{hidden}; KL divergence {kl:.4g} nats per token",
+        what=(
+            "The model's outputs have little in common with the original's; this block loses most."
+            if lost
+            else "This block loses most of what the blocks add to the hidden state."
+        )
+        + start,
+        evidence=f"{levels.get(worst, math.inf):.1f} dB of what it adds are kept; {at_start}{hidden} after the last "
+        f"block; KL divergence {kl:.4g} nats per token",
         remedy="See the findings on its sites; or give this block more bits." if lost or levels else "None.",
     )  # fmt: skip
