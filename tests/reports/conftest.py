@@ -9,6 +9,9 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from bitwright import demo
+from bitwright.progress import no_progress
+
 RESULTS = {
     "kl_mean": 0.0521,
     "kl_stderr": 0.0043,
@@ -209,3 +212,15 @@ def example(tmp_path: Path) -> ExampleRun:
 def example_class() -> type[ExampleRun]:
     """For fixtures that write runs of their own."""
     return ExampleRun
+
+
+@pytest.fixture(scope="session")
+def demo_pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The demo as `bitwright demo` makes it, in one of its configurations: its page, and the report of its run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "CONFIGURATIONS", demo.CONFIGURATIONS[2:3])
+        patch.setattr(demo, "EVALUATION_WINDOWS", 1)
+        rows, page = demo.run_demo(tmp_path_factory.mktemp("demo"), no_progress)
+    report = rows[-1].report
+    assert report is not None
+    return page, page.parent / report

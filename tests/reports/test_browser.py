@@ -112,15 +112,31 @@ def test_page_loads_without_complaint_and_fetches_nothing(desktop: dict[str, Ope
     assert len(desktop[name].requests) == 1, "the page itself"
 
 
-@pytest.mark.parametrize("name", ["report", "comparison", "bench"])
-def test_every_chart_has_drawn_marks(desktop: dict[str, Opened], name: str) -> None:
-    marks = desktop[name].evaluate(
+def marks_of(opened: Opened) -> list[tuple[str, int]]:
+    """How many marks each chart has drawn."""
+    return opened.evaluate(
         f"""[...document.querySelectorAll('[data-chart]:not([hidden])')].map(place => [
             place.dataset.chart, [...place.querySelectorAll({json.dumps(MARKS)})]
             .filter(mark => mark.getBoundingClientRect().width > 0).length])"""
     )
+
+
+@pytest.mark.parametrize("name", ["report", "comparison", "bench"])
+def test_every_chart_has_drawn_marks(desktop: dict[str, Opened], name: str) -> None:
+    marks = marks_of(desktop[name])
     assert len(marks) >= 4
     assert [chart for chart, number in marks if number == 0] == []
+
+
+@pytest.mark.slow
+def test_the_pages_of_the_demo_draw_every_chart(browser: Any, demo_pages: tuple[Path, Path]) -> None:
+    for path in demo_pages:
+        opened = Opened(browser, path, DESKTOP)
+        marks = marks_of(opened)
+        assert marks
+        assert [chart for chart, number in marks if number == 0] == []
+        assert opened.complaints == []
+        opened.page.close()
 
 
 def test_the_loss_curve_and_its_level_are_drawn_in_the_colours_of_the_page(

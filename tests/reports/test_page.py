@@ -185,6 +185,18 @@ def test_markup_in_names_stays_text(example: Any) -> None:
     assert "<script" not in json.dumps(page.data["charts"])
 
 
+@pytest.mark.slow
+def test_the_pages_of_the_demo_are_small_and_have_data_for_every_chart(demo_pages: tuple[Path, Path]) -> None:
+    for path in demo_pages:
+        assert path.stat().st_size < 8_000_000
+        page = Page(path)
+        names = [attributes["data-chart"] for _, attributes in page.tags if "data-chart" in attributes]
+        assert names
+        for name in names:
+            traces = page.data["charts"][name]["data"]
+            assert any(value is not None for trace in traces for value in trace["y"]), name
+
+
 def check_fetches_nothing(path: Path) -> None:
     page = Page(path)
     policies = [a for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
