@@ -5,21 +5,22 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from transformers import GptOssConfig, LlamaConfig, MixtralConfig
 from typer.testing import CliRunner
 
 from bitwright.advice import Advice, advise
 from bitwright.advice_answers import Answer, duration, method_for
-from bitwright.budget import parse_size
+from bitwright.budget import Budget, parse_size
 from bitwright.cli.advise_command import advise as command
 from bitwright.errors import CheckpointError, RecipeError, UnknownName
 from bitwright.methods.composition import compose
+from bitwright.mixture import Search
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.pipeline import quantize
 from bitwright.recipe_builder import build_recipe
-from bitwright.search.model_shape import shape_of_model
 from bitwright.search.scenarios import MENU, SCENARIOS
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
@@ -166,14 +167,16 @@ def test_bad_input_is_one_line() -> None:
 
 
 def test_a_model_that_is_quantized_already_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """The search describes its model by the same function."""
     recipe = build_recipe(None, {"scheme": "W4A16-g32", "method": "rtn", "max_kl": 100.0}, {"seqlen": 64}, ignore=())
     run = quantize(tiny_llama_dir, recipe, tmp_path / "run").run
     for packed in (run, run / "4-model"):
         with pytest.raises(CheckpointError, match=r"already quantized\. Give the original\.$"):
             advise(packed, scenario="edge")
     with pytest.raises(CheckpointError, match=r"already quantized\. Give the original\.$"):
-        shape_of_model(StreamedModel(open_checkpoint(run)))
+        Search(
+            StreamedModel(open_checkpoint(run)), torch.zeros(1, 8, dtype=torch.long), recipe, Budget(average_bits=4.0),
+            tmp_path / "search",
+        )  # fmt: skip
 
 
 def _small(folder: Path, *, hidden_size: int = 576, heads: int = 9) -> Path:

@@ -324,8 +324,8 @@ def test_a_round_that_made_it_worse_is_taken_back(make: Make, tmp_path: Path) ->
     assert {step.step for step in done.steps} == {1}
     assert done.recipe == recipes[1]
     assert done.failure is not None
-    assert "also after 8 rounds of repair" in done.failure
-    assert "no room" not in done.failure
+    assert "no room" in done.failure
+    assert len(recipes) < 30
 
 
 def test_only_the_limits_that_were_given_are_judged(make: Make, tmp_path: Path) -> None:

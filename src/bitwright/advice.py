@@ -100,6 +100,8 @@ def advise(
     if max_loss is not None and not max_loss > 0:
         raise RecipeError(f"--max-loss must be above 0, got {max_loss}.")
     model = _open(source, trust_remote_code=trust_remote_code)
+    if model is not None:
+        model.skeleton.checkpoint.require_original()
     shape = shape_of_config(source, trust_remote_code=trust_remote_code) if model is None else shape_of_model(model)
     name = hardware or place.hardware
     device = None if name is None else find_hardware(name)

@@ -120,7 +120,7 @@ def run_bench(
     folder = BenchFolder(Path(out))
     folder.check_place()
     opened = open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    refusals = _refusals(opened, cells, model)
+    refusals = _refusals(opened, cells)
     length = min(max_length(opened) or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW) if seqlen is None else seqlen
     shared = {
         "model": str(model), "text": text, "context": length, "windows": max_windows,
@@ -139,7 +139,7 @@ def run_bench(
         return _fill(folder, cells, asked, refusals, keep_models, progress, launch or launch_worker)
 
 
-def _refusals(model: StreamedModel, cells: Sequence[Cell], source: str | Path) -> dict[str, str]:
+def _refusals(model: StreamedModel, cells: Sequence[Cell]) -> dict[str, str]:
     """Why cells cannot be, by their slugs, as far as names and shapes tell.
 
     Raises:
@@ -147,8 +147,7 @@ def _refusals(model: StreamedModel, cells: Sequence[Cell], source: str | Path) -
         CheckpointError: a model that is quantized already.
         RecipeError: no cell can be.
     """
-    if model.skeleton.checkpoint.is_packed:
-        raise CheckpointError(f"{source}: the model is already quantized. Give the original.")
+    model.skeleton.checkpoint.require_original()
     refusals: dict[str, str] = {}
     for cell in cells:
         try:

@@ -39,7 +39,8 @@ METHODS = ("rtn", "gptq", "gptaq")
 GROUP_SIZES = (128, 64, 32)
 SHARE_PER_ROUND = 0.1
 """Of the items: so many climb before the model is quantized again."""
-MAX_ROUNDS = 8
+SMALL_ROUNDS = 4
+"""Of that share; with each one more it doubles, so that a gate far away does not take days."""
 CHOSEN = "run"
 """Folder of the run that is left in the end."""
 SEARCH, REPAIR = "search", "repair"
@@ -177,10 +178,11 @@ def _rounds(
     if rounds[0].gap <= 1:
         return rounds, ""
     with search.measuring(extra=_finer_groups(search.menu)) as measure:
-        for number in range(1, MAX_ROUNDS + 1):
-            last = rounds[-1]
+        while rounds[-1].gap > 1:
+            last, number = rounds[-1], len(rounds)
+            share = SHARE_PER_ROUND * 2 ** max(0, number - SMALL_ROUNDS)
             holds_addends = last.result.results["layouts"] == [own.NAME]
-            climbed = _climb(search, rungs, measure, holds_addends=holds_addends)
+            climbed = _climb(search, rungs, measure, share, holds_addends=holds_addends)
             if not climbed:
                 return rounds, ", and the budget leaves no room to mend it. Raise a limit, or offer larger schemes."
             rungs |= {site: after for sites, _, after, _ in climbed for site in sites}
@@ -193,9 +195,7 @@ def _rounds(
                 for sites, before, after, loss in climbed
             )  # fmt: skip
             rounds.append(replace(better, steps=(*last.steps, *steps)))
-            if better.gap <= 1:
-                break
-    return rounds, f", also after {MAX_ROUNDS} rounds of repair. Raise a limit, or search with a stricter one."
+    return rounds, ""
 
 
 def _identity(search: Search, found: Found, recipe: Recipe, *, repair: bool) -> str:
@@ -296,8 +296,14 @@ def _described(search: Search) -> dict[str, Any]:
 _Climbed = tuple[tuple[str, ...], Rung, Rung, float]
 
 
-def _climb(search: Search, rungs: Mapping[str, Rung], measure: Measure, *, holds_addends: bool) -> list[_Climbed]:
-    """The items that cost most and have a rung above: their sites, where they were, where they go, what they cost."""
+def _climb(
+    search: Search, rungs: Mapping[str, Rung], measure: Measure, share: float, *, holds_addends: bool
+) -> list[_Climbed]:
+    """The items that cost most and have a rung above: their sites, where they were, where they go, what they cost.
+
+    Args:
+        share: of the items, at most so many.
+    """
     schemes = {site: rung.scheme for site, rung in rungs.items()}
     quantized = [
         sites for sites in search.sets
@@ -310,7 +316,7 @@ def _climb(search: Search, rungs: Mapping[str, Rung], measure: Measure, *, holds
     losses = sorted(zip([whole - other for other in others], names, strict=True), reverse=True)
     climbed: list[_Climbed] = []
     for loss, sites in losses:
-        if len(climbed) >= max(1, round(SHARE_PER_ROUND * len(names))):
+        if len(climbed) >= max(1, round(share * len(names))):
             break
         before = rungs[sites[0]]
         is_smaller = search.size_bytes(sites, before.scheme, addend=True) < search.size_bytes(sites, None)

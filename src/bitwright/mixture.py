@@ -11,7 +11,6 @@ Scores and divergences are of weights rounded to nearest. Whatever solver quanti
 a limit on quality is kept with room to spare; `repair` looks at what the finished model really lost.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ from bitwright.search.model_shape import shape_of_model
 from bitwright.search.permitted import permitted
 from bitwright.search.polish import polish
 from bitwright.search.rivals import faithful_rivals, small_rivals
-from bitwright.search.sensitivity import Sensitivity, measure_sensitivity
+from bitwright.search.sensitivity import Sensitivity, circumstances, measure_sensitivity
 from bitwright.search.site_costs import SiteCosts
 from bitwright.search.stored_size import exported_bytes
 
@@ -142,6 +141,7 @@ class Search:
         self.model, self.calibration, self.recipe, self.budget = model, calibration, recipe, budget
         self.folder, self.score, self.num_windows, self.progress = folder, score, num_windows, progress
         self.sensitivity: Sensitivity | None = None
+        model.skeleton.checkpoint.require_original()
         self.sites = tuple(site for site in model_sites(model) if site.kind in QUANTIZABLE_KINDS)
         everywhere = [site.name for site in self.sites] if LOW_RANK in recipe.repairs else []
         shape = shape_of_model(model)
@@ -354,8 +354,8 @@ class Search:
         return self.costs.assignment(schemes)
 
     def _cache_name(self) -> str:
-        parts = [self.model.skeleton.checkpoint.audit(), hash_tokens(self.calibration), self.recipe.range_method]
-        key = hashlib.sha256(" ".join([*parts, self.recipe.ragged]).encode()).hexdigest()[:12]
+        model_hash, device = self.model.skeleton.checkpoint.audit(), f"{self.model.device.type} {self.model.dtype}"
+        key = circumstances(model_hash, hash_tokens(self.calibration), self.recipe, 0, device)
         return f"measured-{key}-{self.num_windows}.jsonl"
 
 

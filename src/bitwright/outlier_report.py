@@ -25,7 +25,6 @@ from bitwright.calibration.losses import (
     TokenSample,
     smoothing_scale,
 )
-from bitwright.errors import CheckpointError
 from bitwright.evaluation.streamed import batch_slices, enter_all
 from bitwright.inspection import probe_streamed
 from bitwright.model.activations import Activations
@@ -130,8 +129,7 @@ def analyse(model: StreamedModel, windows: Tensor, progress: Progress) -> tuple[
         CheckpointError: the model is quantized already.
         VerificationError: NaN or Inf in the activations.
     """
-    if model.skeleton.checkpoint.is_packed:
-        raise CheckpointError(f"{model.skeleton.checkpoint.path}: the model is already quantized. Give the original.")
+    model.skeleton.checkpoint.require_original()
     structure = probe_streamed(model, progress)
     found: list[SiteActivity] = []
     with tempfile.TemporaryDirectory(prefix="bitwright-") as folder:

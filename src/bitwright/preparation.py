@@ -175,8 +175,7 @@ def prepare(
     require_known(recipe)
     run.check_place()
     model = open_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if model.skeleton.checkpoint.is_packed:
-        raise CheckpointError(f"{source}: the model is already quantized. Give the original.")
+    model.skeleton.checkpoint.require_original()
     decided = decide(model, recipe)
     sites, plan, layouts = decided.sites, decided.plan, decided.layouts
     check_seqlen(model, recipe.calibration.seqlen)

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bitwright.errors import CheckpointError, RecipeError, RunError, StructureError, VerificationError, did_you_mean
+from bitwright.errors import RecipeError, RunError, StructureError, VerificationError, did_you_mean
 from bitwright.inspection import probe_streamed
 from bitwright.model.directory import complete_directory
 from bitwright.model.edits import named_tensors, num_channels, scale_edges
@@ -116,8 +116,7 @@ def plant_outliers(
     """
     target = _check_request(Path(out), channels, factor, edges)
     model = open_model(model_dir, device=device, dtype="float32", trust_remote_code=trust_remote_code)
-    if model.skeleton.checkpoint.is_packed:
-        raise CheckpointError(f"{model_dir}: the model is already quantized. Give the original.")
+    model.skeleton.checkpoint.require_original()
     plans = [
         _BlockPlan(
             structure=block,

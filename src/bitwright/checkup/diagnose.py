@@ -63,8 +63,7 @@ def diagnose_checkpoint(
         DataError: text or windows that do not fit the model.
     """
     first = open_model(original, device=device, dtype="float32", trust_remote_code=trust_remote_code)
-    if first.skeleton.checkpoint.is_packed:
-        raise CheckpointError(f"{original}: the model is already quantized. Give the original first.")
+    first.skeleton.checkpoint.require_original()
     checkpoint = open_damaged(_directory(quantized), first.skeleton.checkpoint)
     _check_same_kind(first.skeleton.checkpoint, checkpoint, quantized)
 

@@ -67,6 +67,11 @@ class Checkpoint:
         """Whether the model is quantized."""
         return self._quantization is not None
 
+    def require_original(self) -> None:
+        """Raises CheckpointError for a model that is quantized already."""
+        if self.is_packed:
+            raise CheckpointError(f"{self.path}: the model is already quantized. Give the original.")
+
     @property
     def quantizes_inputs(self) -> bool:
         """Whether the inputs of some sites are quantized."""

@@ -137,14 +137,8 @@ class ModelShape:
 
 
 def shape_of_model(model: StreamedModel) -> ModelShape:
-    """Describe a checkpoint: its own names and dtypes.
-
-    Raises:
-        CheckpointError: a model that is quantized already, whose codes are no dense weights.
-    """
+    """Describe a checkpoint: its own names and dtypes."""
     skeleton = model.skeleton
-    if skeleton.checkpoint.is_packed:
-        raise CheckpointError(f"{skeleton.checkpoint.path}: the model is already quantized. Give the original.")
     stored = {
         name: StoredTensor(name=name, shape=info.shape, dtype=info.dtype)
         for name, info in skeleton.checkpoint.stored.items()

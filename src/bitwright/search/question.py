@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from bitwright.errors import CheckpointError, RecipeError, UnknownName, did_you_mean
+from bitwright.errors import RecipeError, UnknownName, did_you_mean
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.numerics.inputs import InputQuantizer
@@ -109,9 +109,7 @@ class Question:
             RecipeError: no text; or schemes that say nothing of the target.
             ShapeError: a scheme does not fit a site; see `recipe.resolve`.
         """
-        checkpoint = model.skeleton.checkpoint
-        if checkpoint.is_packed:
-            raise CheckpointError(f"{checkpoint.path}: the model is already quantized. Give the original.")
+        model.skeleton.checkpoint.require_original()
         if calibration.ndim != 2 or calibration.shape[0] == 0:
             raise RecipeError(
                 f"sensitivity: calibration tokens {list(calibration.shape)} must be [N, T], N at least 1."

@@ -154,7 +154,7 @@ def measure_sensitivities(
     check_scores(target, scores, task)
     wished, share = recipe or Recipe(), Share.of_environment()
     model_hash, data_hash = model.skeleton.checkpoint.audit(), hash_tokens(calibration)
-    place = folder / _key(model_hash, data_hash, wished, seed, model.device.type)
+    place = folder / circumstances(model_hash, data_hash, wished, seed, model.device.type)
     question = Question.of(
         model, measurable_sites(target, sites), calibration, target=target,
         schemes=schemes or [Scheme.parse(name) for name in MENUS[target]], recipe=wished, folder=place, share=share,
@@ -195,8 +195,8 @@ def _answer(question: Question, scores: Sequence[str]) -> dict[str, dict[str, di
     return tables
 
 
-def _key(model_hash: str, data_hash: str, recipe: Recipe, seed: int, device: str) -> str:
-    """Name the folder of all that determines a score, but for site, scheme, target and score."""
+def circumstances(model_hash: str, data_hash: str, recipe: Recipe, seed: int, device: str) -> str:
+    """Name all that determines a score or a measured loss, but for sites, schemes, target and score."""
     versions = [metadata.version(package) for package in ("bitwright", "torch", "transformers")]
     parts = [model_hash, data_hash, recipe.range_method, recipe.ragged, seed, device, *versions]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
