@@ -50,6 +50,7 @@ from bitwright.training_run import (
     load_in_memory,
     read_text,
     task_identity,
+    worsening,
     write_training_records,
 )
 from bitwright.training_text import DrawnText, TrainingText
@@ -126,8 +127,7 @@ def train_adapter(
     def work() -> None:
         _train(streamed, task, run, text, processes, trust_remote_code, progress)
 
-    results = carry_out(run, asked, work, processes, fresh=fresh)
-    return TrainingResult(run=run.path, results=results)
+    return carry_out(run, asked, work, processes, fresh=fresh)
 
 
 def base_recipe(task: AdapterTask) -> Recipe:
@@ -211,7 +211,7 @@ def _train(
         "losses": list(curve.losses),
     }
     write_training_records(run, results)
-    run.finish(results, failure=None)
+    run.finish(results, failure=worsening(before, after))
 
 
 def _leave_folded(model: nn.Module, folder: Path) -> None:

@@ -35,6 +35,7 @@ from bitwright.training_run import (
     load_in_memory,
     read_text,
     task_identity,
+    worsening,
     write_training_records,
 )
 from bitwright.training_text import DrawnText, TrainingText
@@ -109,8 +110,7 @@ def distill_model(
     def work() -> None:
         _train(student, teacher, task, run, text, processes, trust_remote_code, progress)
 
-    results = carry_out(run, asked, work, processes, fresh=fresh)
-    return TrainingResult(run=run.path, results=results)
+    return carry_out(run, asked, work, processes, fresh=fresh)
 
 
 def _train(
@@ -156,7 +156,7 @@ def _train(
         "losses": list(curve.losses),
     }
     write_training_records(run, results)
-    run.finish(results, failure=None)
+    run.finish(results, failure=worsening(before, after, text_share=task.labels))
 
 
 def _trained_on(windows: Tensor, training: TrainingOptions, processes: Processes) -> Tensor:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import RecipeError
-from bitwright.evaluation.score import Score
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
@@ -48,6 +47,7 @@ from bitwright.training_run import (
     load_in_memory,
     read_text,
     task_identity,
+    worsening,
     write_training_records,
 )
 from bitwright.training_text import DrawnText, TrainingText
@@ -115,10 +115,9 @@ class QatTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QatResult(TrainingResult):
-    """A finished training, the run of its codes, and why it failed its gate."""
+    """A finished training, and the run of its codes."""
 
     quantized: Path
-    failure: str | None
 
 
 def train_quantized(
@@ -148,10 +147,8 @@ def train_quantized(
     def work() -> None:
         _Work(model, task, recipe, decided, run, processes, trust_remote_code, progress).carry_out(text)
 
-    results = carry_out(run, asked, work, processes, fresh=fresh)
-    info = run.info
-    assert info is not None
-    return QatResult(run=run.path, results=results, quantized=run.path / TRAINED_CODES, failure=info.get("failure"))
+    found = carry_out(run, asked, work, processes, fresh=fresh)
+    return QatResult(run=run.path, results=found.results, failure=found.failure, quantized=run.path / TRAINED_CODES)
 
 
 class _Work:
@@ -224,22 +221,9 @@ class _Work:
             append_jsonl(inner.records, *(r for r in read_jsonl(self.run.records) if r["kind"] != "environment"))
         info = inner.info
         assert info is not None
-        self.run.finish(results, failure=info.get("failure") or self._worsening(before, after))
-
-    def _worsening(self, before: Score, after: Score) -> str | None:
-        """Return what to say where the loss that was trained has risen on held-out text, beyond two standard errors."""
-        assert before.kl_mean is not None
-        assert after.kl_mean is not None
         share = 1.0 if self.task.loss == "cross_entropy" else self.task.labels
-        rise = (1 - share) * (after.kl_mean - before.kl_mean) + share * math.log(after.perplexity / before.perplexity)
-        error = (1 - share) * (after.kl_stderr or 0.0) + share * (after.perplexity_stderr or 0.0) / after.perplexity
-        if rise <= 2 * error:
-            return None
-        return (
-            f"training ended worse than it began on held-out text (perplexity {before.perplexity:.4g} -> "
-            f"{after.perplexity:.4g}, KL {before.kl_mean:.3g} -> {after.kl_mean:.3g}). Use a lower --learning-rate or "
-            f"more --steps; {self.run.path / BASE} holds what it began with."
-        )
+        worse = worsening(before, after, text_share=share, start=self.run.path / BASE)
+        self.run.finish(results, failure=info.get("failure") or worse)
 
     def _quantize(self, recipe: Recipe, out: Path, trained: Trained | None) -> dict[str, Any]:
         return quantize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bitwright.errors import RecipeError
+from bitwright.evaluation.score import Score
 from bitwright.progress import Progress, no_progress
 from bitwright.records import Environment, append_jsonl
 from bitwright.runs import RunDirectory
@@ -32,10 +34,11 @@ PACKAGES = ("bitwright", "torch", "transformers")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
-    """A finished training: its run directory, headline figures and the loss of every step."""
+    """A finished training: its run directory, headline figures, the loss of every step, and why it failed its gate."""
 
     run: Path
     results: dict[str, Any]
+    failure: str | None
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -92,14 +95,14 @@ def begin(out: str | Path, task: AnyTask, *, shard: bool = False) -> tuple[RunDi
 
 def carry_out(
     run: RunDirectory, asked: Mapping[str, Any], work: Callable[[], None], processes: Processes, *, fresh: bool
-) -> dict[str, Any]:
+) -> TrainingResult:
     """Do the work of a run, unless it is finished, in every process; the main one alone makes the folder its own.
 
     Args:
         asked: plain data; all that determines the result.
         work: ends with `run.finish` in the main process.
     Returns:
-        the results of the finished run.
+        what the finished run has found.
     Raises:
         RunError: the folder belongs to another run.
     """
@@ -120,7 +123,34 @@ def carry_out(
             run.release()
     info = run.info
     assert info is not None
-    return cast(dict[str, Any], info["results"])
+    return TrainingResult(run=run.path, results=cast(dict[str, Any], info["results"]), failure=info.get("failure"))
+
+
+def worsening(before: Score, after: Score, *, text_share: float = 1.0, start: Path | None = None) -> str | None:
+    """Return what to say where the loss that was trained has risen on held-out text, beyond two standard errors.
+
+    Args:
+        before: of the model that training began with.
+        after: of the trained one; a score that is not finite is always worse.
+        text_share: of the text's own next tokens in the loss; the rest is the divergence from a reference.
+        start: where the model is that training began with, if it was kept.
+    """
+    # Of the two either may be infinite, which a ratio would not bear.
+    rise, error = text_share * (math.log(after.perplexity) - math.log(before.perplexity)), 0.0
+    figures = f"perplexity {before.perplexity:.4g} -> {after.perplexity:.4g}"
+    if after.perplexity_stderr is not None:
+        error = text_share * after.perplexity_stderr / after.perplexity
+    if before.kl_mean is not None and after.kl_mean is not None:
+        rise += (1 - text_share) * (after.kl_mean - before.kl_mean)
+        error += (1 - text_share) * (after.kl_stderr or 0.0)
+        figures += f", KL {before.kl_mean:.3g} -> {after.kl_mean:.3g}"
+    if rise <= 2 * error:
+        return None
+    kept = "" if start is None else f" {start} holds what it began with."
+    return (
+        f"training ended worse than it began on held-out text ({figures}). Use a lower --learning-rate or more "
+        f"--steps.{kept}"
+    )
 
 
 def read_text(text: DrawnText, run: RunDirectory, processes: Processes, progress: Progress) -> tuple[Tensor, Tensor]:

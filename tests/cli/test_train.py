@@ -50,6 +50,23 @@ def test_a_gate_fails_with_the_reason(cli: Cli, tiny_llama_dir: Path, text: Path
     assert "above the gate of 1e-07" in err
 
 
+@pytest.mark.parametrize("command", [("lora",), ("distill", "--labels", 0.5, "--teacher")], ids=lambda c: c[0])
+def test_a_training_whose_last_step_diverged_fails_and_says_so(
+    cli: Cli, tiny_llama_dir: Path, text: Path, out: Path, command: tuple[object, ...]
+) -> None:
+    name, *rest = command
+    given = (*rest, tiny_llama_dir) if rest else ()
+    # Warmup leaves the first step at rate 0: only the second, which no loss follows, breaks the weights.
+    asked = ("train", name, tiny_llama_dir, *given, "--data", text, "--out", out, *QUICK, "--lr", 1e30, "--quiet")
+    for _ in range(2):  # told again where it is asked again
+        status, _, err = cli(*asked)
+        assert status == 1, err
+        assert "Traceback" not in err
+        assert "training ended worse than it began on held-out text (perplexity" in err
+        assert "-> inf" in err
+    assert "ended worse" in json.loads((out / "run.json").read_text())["failure"]
+
+
 def together(*asked: object, stop_at: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command in two processes; killed after a step of training where one is given."""
     run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, *map(str, asked), "--json"]

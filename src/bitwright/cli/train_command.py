@@ -14,6 +14,7 @@ from bitwright.cli.speed_command import MeasureSpeed, add_speed
 from bitwright.train.options import FOR_ADAPTERS, FOR_DISTILLATION, FOR_QAT, OPTIMIZERS, TrainingOptions
 
 if TYPE_CHECKING:
+    from bitwright.training_run import TrainingResult
     from bitwright.training_text import TrainingText
 
 train = typer.Typer(no_args_is_help=True, help="Fine-tune a model, or train its quantized weights.")
@@ -181,6 +182,7 @@ def distill(
     with ProgressBars(quiet=quiet or as_json) as progress:
         found = distill_model(model, task, out, fresh=fresh, trust_remote_code=trust_remote_code, progress=progress)
     _print(found.results, found.run, quiet=quiet, as_json=as_json)
+    _fail_if_worse(found)
 
 
 def _adapter(given: dict[str, Any], *, scheme: Any, start_at_error: bool, by_group: bool) -> None:
@@ -203,6 +205,12 @@ def _adapter(given: dict[str, Any], *, scheme: Any, start_at_error: bool, by_gro
             progress=progress,
         )  # fmt: skip
     _print(found.results, found.run, quiet=given["quiet"], as_json=given["as_json"])
+    _fail_if_worse(found)
+
+
+def _fail_if_worse(found: "TrainingResult") -> None:
+    if found.failure is not None:
+        fail(f"{found.run}: {found.failure}", 1)
 
 
 def _text(given: dict[str, Any]) -> "TrainingText":
