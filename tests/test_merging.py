@@ -261,6 +261,20 @@ def test_a_fold_loses_nothing(
     assert not (group_run / ADAPTER).exists()
 
 
+def test_adapters_beside_stacked_experts_fold(tiny_moe_dir: Path, text: Path, tmp_path: Path) -> None:
+    lora = LoraConfig(rank=4, targets=("*.q_proj",))
+    task = AdapterTask(
+        text=TrainingText(data=str(text), seqlen=SEQLEN), training=replace(TRAINING, steps=1), lora=lora,
+        scheme=Scheme.parse(FLOAT_ZERO), by_group=True,
+    )  # fmt: skip
+    run = train_adapter(tiny_moe_dir, task, tmp_path / "run").run
+    assert merge(run, MergeTask(how="fold"), tmp_path / "out").failure is None
+    packed = {
+        base: set(open_checkpoint(RunDirectory(base).model).packed_names()) for base in (run / BASE, tmp_path / "out")
+    }
+    assert packed[run / BASE] == packed[tmp_path / "out"]
+
+
 def test_group_adapters_merge_dense_too(group_run: Path, tmp_path: Path) -> None:
     merged = merge(group_run, MergeTask(how="dense"), tmp_path / "out").record
     assert 0 < merged["kl_mean"] < 1e-3

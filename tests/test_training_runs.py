@@ -2,8 +2,9 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,30 @@ def test_a_command_trains_as_long_and_as_fast_as_its_task() -> None:
         default = next(each.default for each in fields(task) if each.name == "training")
         for option in (each.name for each in fields(TrainingOptions) if each.name in given):
             assert given[option].default == getattr(default, option), (name, option)
+
+
+def test_codes_of_stacked_experts_are_refused_before_any_work(
+    tiny_moe_dir: Path, text: TrainingText, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"gate_up_proj\[0\]: a slice.*'\*\.experts\.gate_up_proj\*'") as refused:
+        train_quantized(tiny_moe_dir, qat(text, "W4A16-g16"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    patterns = tuple(re.findall(r"'(.+?)'", str(refused.value)))
+    recipe = Recipe(scheme=Scheme.parse("W4A16-g16"), method="rtn", max_kl=100.0, ignore=("lm_head", *patterns))
+    task = QatTask(recipe=recipe, text=text, training=options(steps=1), start="original")
+    assert len(train_quantized(tiny_moe_dir, task, tmp_path / "run").losses) == 1
+
+
+def test_adapters_stand_beside_stacked_experts_in_16_bit(
+    tiny_moe_dir: Path, text: TrainingText, tmp_path: Path
+) -> None:
+    task = replace(lora(text, scheme=Scheme.parse("nf4-b16-dq")), training=options(steps=1))
+    results = train_adapter(tiny_moe_dir, task, tmp_path / "run").results
+    assert results["experts_without_adapter"] == 2 * 2 * 2
+    packed = open_checkpoint(tmp_path / "run" / "0-base" / "4-model").packed_names()
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in packed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for part in ("weights", "scales", "adapters"):
+        assert results["predicted_memory"][part] == results["memory"][part], part
 
 
 def test_impossible_requests_are_refused(tiny_llama_dir: Path, text: TrainingText, tmp_path: Path) -> None:

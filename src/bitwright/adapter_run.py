@@ -9,7 +9,7 @@ The run directory has, beside run.json and 5-records.jsonl:
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bitwright.errors import RecipeError
-from bitwright.model.sites import modules_of
+from bitwright.model.sites import Site, modules_of, stacked_patterns
 from bitwright.model.stream import StreamedModel
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.nn.linear import QuantizedLinear
@@ -25,7 +25,7 @@ from bitwright.pipeline import quantize
 from bitwright.preparation import DTYPES, decide, model_sites, open_model
 from bitwright.process_memory import PeakMemory
 from bitwright.progress import Progress, no_progress
-from bitwright.recipe import Calibration, Recipe
+from bitwright.recipe import HEAD_NAME, Calibration, Recipe
 from bitwright.runs import RunDirectory, model_directory
 from bitwright.schemes import Scheme
 from bitwright.search.model_shape import shape_of_model
@@ -130,12 +130,15 @@ def train_adapter(
     return carry_out(run, asked, work, processes, fresh=fresh)
 
 
-def base_recipe(task: AdapterTask) -> Recipe:
-    """How the base is quantized: to the nearest level, into the layout that loads as layers which stay packed."""
+def base_recipe(task: AdapterTask, sites: Iterable[Site]) -> Recipe:
+    """How the base is quantized: to the nearest level, into the layout that loads as layers which stay packed.
+
+    Experts that are slices of one parameter, which it cannot hold, stay in 16 bit.
+    """
     assert task.scheme is not None
     return Recipe(
-        scheme=task.scheme, method="rtn", layout="bitwright", max_kl=UNGATED,
-        calibration=Calibration(seqlen=task.text.seqlen),
+        scheme=task.scheme, method="rtn", ignore=(HEAD_NAME, *stacked_patterns(sites)), layout="bitwright",
+        max_kl=UNGATED, calibration=Calibration(seqlen=task.text.seqlen),
     )  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def _predicted(streamed: StreamedModel, task: AdapterTask) -> MemoryLedger:
     shape, dtype = shape_of_model(streamed), DTYPES[task.dtype]
     schemes: dict[str, Scheme | None] = {}
     if task.scheme is not None:
-        plan = decide(streamed, base_recipe(task)).plan
+        plan = decide(streamed, base_recipe(task, model_sites(streamed))).plan
         schemes = {name: entry.effective for name, entry in plan.sites.items()}
     packed = {name for name, scheme in schemes.items() if scheme is not None}
     batch = Batch(num_sequences=task.training.batch, seqlen=task.text.seqlen, checkpointing=task.training.checkpointing)
@@ -169,8 +172,8 @@ def _train(
     model, task = streamed.skeleton.checkpoint.path, replace(task, device=processes.device)
     if processes.is_main and task.scheme is not None:
         quantize(
-            model, base_recipe(task), run.path / BASE, device=task.device, trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, base_recipe(task, model_sites(streamed)), run.path / BASE, device=task.device,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     processes.wait()
     loaded = load_base(model, task, run.path / BASE, trust_remote_code=trust_remote_code)

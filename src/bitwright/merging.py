@@ -37,11 +37,12 @@ from bitwright.methods.solvers import TRAINED_ELSEWHERE
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
 from bitwright.model.layouts import own
+from bitwright.model.sites import stacked_patterns
 from bitwright.outcome import gate_failure
 from bitwright.pipeline import Trained, quantize
-from bitwright.preparation import DTYPES, SELF, open_model
+from bitwright.preparation import DTYPES, SELF, model_sites, open_model
 from bitwright.progress import Progress, no_progress
-from bitwright.recipe import Calibration, Recipe
+from bitwright.recipe import HEAD_NAME, Calibration, Recipe
 from bitwright.records import append_jsonl, read_jsonl, write_json_atomic
 from bitwright.runs import RUN_FILE, RunDirectory, model_directory
 from bitwright.schemes import Scheme
@@ -226,7 +227,9 @@ class _Merge:
             self._write_dense(partial)
             return partial, None
         if self.task.how == "fold":
-            recipe = self._recipe(TRAINED_ELSEWHERE, UNGATED)
+            sites = model_sites(open_model(self.source.original, dtype="float32", **self.place))
+            kept = (HEAD_NAME, *stacked_patterns(sites))
+            recipe = replace(self._recipe(TRAINED_ELSEWHERE, UNGATED), ignore=kept)
             trained = Trained(model=self.source.original, sites=self.source.folder)
             quantize(self.source.original, recipe, self.out, trained=trained, progress=self.progress, **self.place)
             return RunDirectory(self.out).model, None

@@ -20,6 +20,7 @@ from bitwright.errors import RecipeError
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
+from bitwright.model.sites import stacked_patterns
 from bitwright.pipeline import Trained, open_model, quantize
 from bitwright.preparation import Decision, decide
 from bitwright.process_memory import PeakMemory
@@ -139,6 +140,7 @@ def train_quantized(
     recipe = replace(task.recipe, calibration=text.calibration)
     streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     decided = decide(streamed, recipe)
+    _check_layers(decided)
     asked = {
         "model": str(model), "model_hash": streamed.skeleton.checkpoint.audit(), "data_hash": text.identity,
         "recipe": recipe.to_mapping(), "task": task_identity(replace(task, recipe=Recipe())),
@@ -149,6 +151,17 @@ def train_quantized(
 
     found = carry_out(run, asked, work, processes, fresh=fresh)
     return QatResult(run=run.path, results=found.results, failure=found.failure, quantized=run.path / TRAINED_CODES)
+
+
+def _check_layers(decided: Decision) -> None:
+    """Refuse quantized sites that no linear layer computes alone, so that none can be trained in its place."""
+    stacked = [site for site in decided.sites if site.index is not None and decided.plan.sites[site.name].effective]
+    if stacked:
+        patterns = ", ".join(f"'{pattern}'" for pattern in stacked_patterns(stacked))
+        raise RecipeError(
+            f"{stacked[0].name}: a slice of one 3-D parameter, whose codes cannot be trained. Keep these experts in 16 "
+            f"bit by `ignore: [lm_head, {patterns}]` in a --recipe, or quantize without training."
+        )
 
 
 class _Work:

@@ -11,6 +11,7 @@ Experts are seen one by one only if they run one by one: build the model with `e
 Shapes: O out features, I in features, E experts.
 """
 
+import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -112,6 +113,12 @@ def block_sites(block: nn.Module, prefix: str) -> list[Site]:
         for weight, kind in zip(weights, kinds, strict=True)
         for index in ([None] if weight.num_experts is None else range(weight.num_experts))
     ]
+
+
+def stacked_patterns(sites: Iterable[Site]) -> tuple[str, ...]:
+    """Return patterns of a recipe, such as `*.experts.down_proj*`, that cover the slices of 3-D parameters."""
+    stacks = (site.name.partition("[")[0].split(".") for site in sites if site.index is not None)
+    return tuple(dict.fromkeys(f"*.{glob.escape('.'.join(names[-2:]))}*" for names in stacks))
 
 
 def weight_view(block: nn.Module, site: Site, prefix: str) -> Tensor:
