@@ -69,4 +69,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class TrainingDiverged(VerificationError):
-    """A loss or gradient that is not finite; the last good checkpoint stays."""
+    """A loss, a gradient or what a quantizer is given is not finite; the last good checkpoint stays."""

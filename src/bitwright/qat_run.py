@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, TrainingDiverged, VerificationError
+from bitwright.evaluation.score import Score
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
@@ -196,7 +197,7 @@ class _Work:
         curve = self._fit(student, teacher, windows, rates)
         if not self.processes.is_main:
             return
-        after = score_in_memory(student, heldout, reference=teacher)
+        after = self._score_trained(student, heldout, teacher)
         trained = self._leave(student)
         rules = tuple(
             rule if rule.scheme is None else replace(rule, method=TRAINED_ELSEWHERE) for rule in self.recipe.rules
@@ -237,6 +238,16 @@ class _Work:
         share = 1.0 if self.task.loss == "cross_entropy" else self.task.labels
         worse = worsening(before, after, text_share=share, start=self.run.path / BASE)
         self.run.finish(results, failure=info.get("failure") or worse)
+
+    def _score_trained(self, student: nn.Module, heldout: Tensor, teacher: nn.Module) -> Score:
+        """Score what the last step has left, which no loss has looked at."""
+        try:
+            return score_in_memory(student, heldout, reference=teacher)
+        except VerificationError:
+            raise TrainingDiverged(
+                f"step {self.task.training.steps}, the last, left weights or inputs to quantize that are not finite. "
+                "Use a lower --learning-rate."
+            ) from None
 
     def _quantize(self, recipe: Recipe, out: Path, trained: Trained | None) -> dict[str, Any]:
         return quantize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, VerificationError
 from bitwright.evaluation.score import Score
 from bitwright.progress import Progress, no_progress
 from bitwright.records import Environment, append_jsonl
@@ -105,6 +105,7 @@ def carry_out(
         what the finished run has found.
     Raises:
         RunError: the folder belongs to another run.
+        VerificationError: what the work has found is wrong; the run says so.
     """
     asked = {**asked, "processes": processes.count, "versions": {name: metadata.version(name) for name in PACKAGES}}
     fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -119,6 +120,10 @@ def carry_out(
             processes.wait()
             with suppress(OSError):
                 run.model.rmdir()  # empty, where the result is not a model
+        except VerificationError as error:
+            if processes.is_main:
+                run.judge(str(error))
+            raise
         finally:
             run.release()
     info = run.info

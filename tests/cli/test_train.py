@@ -67,6 +67,19 @@ def test_a_training_whose_last_step_diverged_fails_and_says_so(
     assert "ended worse" in json.loads((out / "run.json").read_text())["failure"]
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_codes_that_diverge_say_at_which_step(
+    cli: Cli, tiny_llama_dir: Path, text: Path, out: Path, steps: int
+) -> None:
+    quick = ("--steps", steps, "--batch", 2, "--seqlen", 16, "--lr", 1e30)
+    scheme = ("--scheme", "W8A8", "--method", "rtn")
+    status, _, err = cli("train", "qat", tiny_llama_dir, "--data", text, "--out", out, *scheme, *quick, "--quiet")
+    assert status == 1
+    assert f"step {min(steps, 3)}: " in err
+    assert "Repair" not in err
+    assert "to quantize" in json.loads((out / "run.json").read_text())["failure"]
+
+
 def together(*asked: object, stop_at: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command in two processes; killed after a step of training where one is given."""
     run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, *map(str, asked), "--json"]

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from bitwright.errors import CheckpointError, DataError, MissingDependency, RecipeError, TrainingDiverged
+from bitwright.errors import (
+    CheckpointError,
+    DataError,
+    MissingDependency,
+    RecipeError,
+    TrainingDiverged,
+    VerificationError,
+)
 from bitwright.train import engine
 from bitwright.train.engine import fit, next_token_loss
 from bitwright.train.options import TrainingOptions
@@ -125,6 +132,48 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
         fit(load(), windows, options(), tmp_path, objective=objective)
     assert (tmp_path / "checkpoints" / "checkpoint-4" / "trainable.safetensors").is_file()
     assert len((tmp_path / "losses.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_checkpoint_of_a_loss_that_ran_away_is_not_called_good(
+    load: Callable[[], nn.Module], windows: Tensor, tmp_path: Path
+) -> None:
+    factors = iter([1.0, 1.0, 1.0, 1000.0, float("nan")])
+
+    def objective(model: nn.Module, ids: Tensor, index: Tensor) -> Tensor:
+        return next_token_loss(model, ids, index) * next(factors)
+
+    with pytest.raises(TrainingDiverged, match=r"step 5: .*The last good checkpoint is \S*checkpoint-2\."):
+        fit(load(), windows, options(), tmp_path, objective=objective)
+    assert (tmp_path / "checkpoints" / "checkpoint-4" / "trainable.safetensors").is_file()
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_called_good(
+    load: Callable[[], nn.Module], windows: Tensor, tmp_path: Path
+) -> None:
+    model = load()
+
+    def after_step(done: int) -> None:
+        if done == 2:
+            model.get_parameter("lm_head.weight").data[0, 0] = float("inf")
+
+    with pytest.raises(TrainingDiverged, match=r"step 3: .*There is no good checkpoint\."):
+        fit(model, windows, options(), tmp_path, after_step=after_step)
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "trainable.safetensors").is_file()
+
+
+def test_what_a_quantizer_refuses_is_a_divergence(
+    load: Callable[[], nn.Module], windows: Tensor, tmp_path: Path
+) -> None:
+    steps = []
+
+    def objective(model: nn.Module, ids: Tensor, index: Tensor) -> Tensor:
+        steps.append(1)
+        if len(steps) > 3:
+            raise VerificationError("fit_grid: the weight holds NaN or Inf. Repair the checkpoint.")
+        return next_token_loss(model, ids, index)
+
+    with pytest.raises(TrainingDiverged, match=r"step 4: weights or inputs to quantize are not finite.*checkpoint-2"):
+        fit(load(), windows, options(), tmp_path, objective=objective)
 
 
 def test_a_checkpoint_of_another_model_is_refused(

@@ -79,7 +79,7 @@ def fit(
         processes: those that train together; None for this one alone.
         progress: called with ("train", steps done, steps).
     Raises:
-        TrainingDiverged: the loss is not finite; the last good checkpoint stays.
+        TrainingDiverged: the loss, or what a quantizer is given, is not finite; the last good checkpoint stays.
         DataError: processes were given different windows, or none.
         CheckpointError: the folder's checkpoints belong to another model.
         MissingDependency: accelerate (or tensorboard or bitsandbytes, where asked for) is not installed.
@@ -108,7 +108,7 @@ def fit(
     _require_same_data(engine, windows)
     progress("train", done, options.steps)
     if done < options.steps:
-        engine.train(resume_from_checkpoint=None if last is None else str(last))
+        engine.go_on(last)
         # accelerate leaves its autocast around `forward`: what is measured later is the model, not its training.
         engine.accelerator.unwrap_model(cast(Any, engine.model), keep_fp32_wrapper=False)
     elif last is not None:

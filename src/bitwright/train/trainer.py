@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,10 +19,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from bitwright.errors import CheckpointError, TrainingDiverged
+from bitwright.errors import CheckpointError, TrainingDiverged, VerificationError
 from bitwright.model.tensor_file import save_tensors_atomic
 from bitwright.progress import Progress
-from bitwright.records import append_jsonl
+from bitwright.records import append_jsonl, read_jsonl
 from bitwright.train.memory_ledger import KeptActivations
 from bitwright.train.objective import Objective
 from bitwright.train.options import ADAMW_8BIT, TrainingOptions
@@ -32,6 +33,8 @@ TRAINABLE = "trainable.safetensors"
 STATE = "trainer_state.json"
 CHECKPOINTS, LOSSES = "checkpoints", "losses.jsonl"
 NUM_KEPT = 2
+MOST_RISE, LEAST_LOSS = 10.0, 0.1
+"""A checkpoint is no good where the loss is above so many times the first, or times this where the first is below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -50,12 +53,43 @@ class Loop:
 
 def last_checkpoint(folder: Path, processes: Processes) -> Path | None:
     """The newest complete checkpoint of a training; None where there is none."""
-    found = [
+    return max(_complete_checkpoints(folder, processes), key=step_of, default=None)
+
+
+def last_good_checkpoint(folder: Path, processes: Processes) -> Path | None:
+    """The newest complete checkpoint of finite numbers, made where the loss had not run away; None where none is."""
+    file = folder / LOSSES
+    losses = {int(e["step"]): float(e["loss"]) for e in read_jsonl(file)} if file.is_file() else {}
+    highest = MOST_RISE * max(losses.get(1, 0.0), LEAST_LOSS)
+
+    def is_good(checkpoint: Path) -> bool:
+        step = step_of(checkpoint)
+        around = (losses.get(each, 0.0) for each in (step, step + 1))  # of the weights before, and of those in it
+        return all(loss <= highest for loss in around) and _is_finite(checkpoint / TRAINABLE)
+
+    found = sorted(_complete_checkpoints(folder, processes), key=step_of, reverse=True)
+    return next(filter(is_good, found), None)
+
+
+def diverged(loop: Loop, step: int, what: str) -> TrainingDiverged:
+    """Return what stops a training whose numbers are not finite, with where to go on from."""
+    kept = last_good_checkpoint(loop.folder, loop.processes)
+    rest = "There is no good checkpoint." if kept is None else f"The last good checkpoint is {kept}."
+    return TrainingDiverged(f"step {step}: {what} not finite. {rest} Use a lower learning rate.")
+
+
+def _complete_checkpoints(folder: Path, processes: Processes) -> list[Path]:
+    return [
         path
         for path in (folder / CHECKPOINTS).glob("checkpoint-*")
         if (path / TRAINABLE).is_file() and _is_json(path / STATE) and processes.have_saved(path)
     ]
-    return max(found, key=step_of, default=None)
+
+
+def _is_finite(file: Path) -> bool:
+    with safe_open(file, framework="pt") as handle:  # pyright: ignore[reportUnknownVariableType]
+        names = list(cast(Any, handle).keys())
+        return all(bool(cast(Tensor, handle.get_tensor(name)).isfinite().all()) for name in names)
 
 
 def _is_json(file: Path) -> bool:
@@ -84,11 +118,7 @@ class Recorder(TrainerCallback):
             return
         loss = float(logs["loss"])
         if not (math.isfinite(loss) and math.isfinite(float(logs.get("grad_norm", 0.0)))):
-            kept = last_checkpoint(self.loop.folder, self.loop.processes)
-            rest = "No checkpoint had been made." if kept is None else f"The last good checkpoint is {kept}."
-            raise TrainingDiverged(
-                f"step {state.global_step}: the loss or its gradient is not finite. {rest} Use a lower learning rate."
-            )
+            raise diverged(self.loop, state.global_step, "the loss or its gradient is")
         if state.is_world_process_zero:
             rate = float(logs["learning_rate"])
             append_jsonl(self.loop.folder / LOSSES, {"step": state.global_step, "loss": loss, "learning_rate": rate})
@@ -129,6 +159,19 @@ class Engine(Trainer):
         # So that the Trainer wraps nothing around a model that is sharded. To say so before would forbid checkpoints,
         # since its own do not hold the states of a sharded optimizer; these do.
         self.is_distributed_loading_by_transformers = loop.processes.shard
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint or the start.
+
+        Raises:
+            TrainingDiverged: a loss, a gradient, or what a quantizer is given is not finite.
+        """
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except TrainingDiverged:
+            raise
+        except VerificationError:  # what quantizers raise knows of checkpoints to repair, and of no step
+            raise diverged(self.loop, self.state.global_step + 1, "weights or inputs to quantize are") from None
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW, with a group for every learning rate; only matrices decay."""
