@@ -110,6 +110,8 @@ class QatTask:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise RecipeError(f"{name} must be a finite number above 0, got {value}.")
+        if self.cache_bits is not None and self.cache_bits not in INTEGER_BITS:
+            raise RecipeError(f"--cache-bits {self.cache_bits}: integers have {INTEGER_BITS[0]} to {INTEGER_BITS[-1]}.")
         check_labels(self.labels)
         if self.labels and self.loss != "kl":
             raise RecipeError("labels are a share of the loss kl. Leave them or cross_entropy out.")
