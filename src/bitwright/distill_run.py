@@ -96,6 +96,7 @@ def distill_model(
 
     Raises:
         CheckpointError: student and teacher have different vocabularies, or the student is quantized.
+        RecipeError: more logits are to be kept than there are tokens.
         BitwrightError: see `errors`; TrainingDiverged where the loss is not finite.
     """
     run, processes = begin(out, task, shard=task.shard)
@@ -199,3 +200,5 @@ def _require_alike(model: str | Path, task: DistillTask, student: Checkpoint, tr
             f"{task.teacher}: knows {sizes[1]} tokens, {model} knows {sizes[0]}. Give a teacher with the same "
             "tokenizer."
         )
+    if task.top_k is not None and task.top_k > sizes[0]:
+        raise RecipeError(f"--top-k {task.top_k}: the model knows {sizes[0]} tokens. Use {sizes[0]} or less.")

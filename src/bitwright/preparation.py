@@ -76,14 +76,19 @@ def open_model(source: str | Path, *, device: str, dtype: str, trust_remote_code
     """
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
+    check_device(device)
+    return StreamedModel(
+        open_checkpoint(source), device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+    )
+
+
+def check_device(device: str) -> None:
+    """Raises RecipeError for a device that is not there, or holds no numbers."""
     try:
         if torch.empty(1, device=device).is_meta:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {device}: not available ({str(error).splitlines()[0]}). Use cpu.") from None
-    return StreamedModel(
-        open_checkpoint(source), device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
-    )
 
 
 def open_original(run: RunDirectory, given: str | None, *, device: str, trust_remote_code: bool) -> StreamedModel:

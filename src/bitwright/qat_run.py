@@ -32,14 +32,14 @@ from bitwright.runs import TRAINED_CODES, RunDirectory
 from bitwright.schemes import Scheme
 from bitwright.train.distillation import check_labels, towards
 from bitwright.train.engine import Curve, fit, next_token_loss
-from bitwright.train.fake_inputs import add_fake_cache
-from bitwright.train.fake_weights import inside_cells, mean_step
+from bitwright.train.fake_inputs import FakeKeyValue, add_fake_cache, cached_projections
+from bitwright.train.fake_weights import check_mode, inside_cells, mean_step
 from bitwright.train.given_sites import write_given_sites
 from bitwright.train.heldout import score_in_memory
 from bitwright.train.objective import Objective
 from bitwright.train.options import FOR_QAT, TrainingOptions
 from bitwright.train.processes import Processes
-from bitwright.train.qat import QatLinear, QatOptions, convert, freeze_grids, grid_parameters, prepare
+from bitwright.train.qat import QatLinear, QatOptions, convert, freeze_grids, grid_parameters, linear_of, prepare
 from bitwright.training_run import (
     BASE,
     TRAINING,
@@ -110,8 +110,8 @@ class QatTask:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise RecipeError(f"{name} must be a finite number above 0, got {value}.")
-        if self.cache_bits is not None and self.cache_bits not in INTEGER_BITS:
-            raise RecipeError(f"--cache-bits {self.cache_bits}: integers have {INTEGER_BITS[0]} to {INTEGER_BITS[-1]}.")
+        if self.cache_bits is not None:
+            FakeKeyValue(bits=self.cache_bits, group=self.cache_group)
         check_labels(self.labels)
         if self.labels and self.loss != "kl":
             raise RecipeError("labels are a share of the loss kl. Leave them or cross_entropy out.")
@@ -143,7 +143,7 @@ def train_quantized(
     recipe = replace(task.recipe, calibration=text.calibration)
     streamed = open_model(model, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     decided = decide(streamed, recipe)
-    _check_layers(decided)
+    _check_trainable(streamed.skeleton.model, task, decided)
     asked = {
         "model": str(model), "model_hash": streamed.skeleton.checkpoint.audit(), "data_hash": text.identity,
         "recipe": recipe.to_mapping(), "task": task_identity(replace(task, recipe=Recipe())),
@@ -156,15 +156,33 @@ def train_quantized(
     return QatResult(run=run.path, results=found.results, failure=found.failure, quantized=run.path / TRAINED_CODES)
 
 
-def _check_layers(decided: Decision) -> None:
-    """Refuse quantized sites that no linear layer computes alone, so that none can be trained in its place."""
-    stacked = [site for site in decided.sites if site.index is not None and decided.plan.sites[site.name].effective]
+def _schemes(decided: Decision) -> dict[str, Scheme]:
+    """The scheme of every site that is quantized."""
+    entries = {site.name: decided.plan.sites[site.name].effective for site in decided.sites}
+    return {name: scheme for name, scheme in entries.items() if scheme is not None}
+
+
+def _check_trainable(model: nn.Module, task: QatTask, decided: Decision) -> None:
+    """Refuse, before any work, what could not be trained after it.
+
+    Raises:
+        RecipeError: experts that no linear layer computes alone, or a mode that a format cannot have.
+        StructureError: a weight that no `nn.Linear` holds, or a cache of no known projections.
+    """
+    schemes = _schemes(decided)
+    stacked = [site for site in decided.sites if site.index is not None and site.name in schemes]
     if stacked:
         patterns = ", ".join(f"'{pattern}'" for pattern in stacked_patterns(stacked))
         raise RecipeError(
             f"{stacked[0].name}: a slice of one 3-D parameter, whose codes cannot be trained. Keep these experts in 16 "
             f"bit by `ignore: [lm_head, {patterns}]` in a --recipe, or quantize without training."
         )
+    for name, scheme in schemes.items():
+        linear_of(model, name)
+        if task.qat.mode != "auto":
+            check_mode(task.qat.mode, scheme)
+    if task.cache_bits is not None:
+        cached_projections(model)
 
 
 class _Work:
@@ -176,11 +194,7 @@ class _Work:
     ) -> None:  # fmt: skip
         self.source, self.task, self.recipe, self.decided, self.run = model, task, recipe, decided, run
         self.processes, self.trust_remote_code, self.progress = processes, trust_remote_code, progress
-        self.schemes: dict[str, Scheme] = {}
-        for site in decided.sites:
-            scheme = decided.plan.sites[site.name].effective
-            if scheme is not None:
-                self.schemes[site.name] = scheme
+        self.schemes = _schemes(decided)
 
     def carry_out(self, text: DrawnText) -> None:
         """Post-training quantization, training, and the run of the trained codes."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from bitwright.errors import RecipeError, VerificationError
 from bitwright.evaluation.score import Score
+from bitwright.preparation import check_device
 from bitwright.progress import Progress, no_progress
 from bitwright.records import Environment, append_jsonl
 from bitwright.runs import RunDirectory
@@ -87,6 +88,7 @@ def begin(out: str | Path, task: AnyTask, *, shard: bool = False) -> tuple[RunDi
     if shard and task.training.optimizer == ADAMW_8BIT:
         raise RecipeError("--shard: bitsandbytes does not know shares of tensors. Use --optimizer adamw.")
     run, processes = RunDirectory(Path(out)), Processes(task.device, task.gradient_bits, shard=shard)
+    check_device(task.device)
     if processes.is_main:
         run.check_place()
     processes.wait()

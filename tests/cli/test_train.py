@@ -158,6 +158,10 @@ WRONG = [
     (("lora", "--rank", 0), ("rank", "at least 1")),
     (("lora", "--steps", 0), ("steps", "at least 1")),
     (("lora", "--lr", "-1"), ("learning_rate", "above 0")),
+    (("lora", "--weight-decay", "-1"), ("weight_decay", "at least 0")),
+    (("lora", "--weight-decay", "nan"), ("weight_decay", "finite")),
+    (("lora", "--device", "nowhere"), ("--device nowhere", "Use cpu")),
+    (("qat", "--scheme", "W4A16-g16", "--device", "nowhere"), ("--device nowhere", "Use cpu")),
     (("lora", "--precision", "float8"), ("--precision float8", "bfloat16")),
     (("lora", "--optimizer", "adam"), ("--optimizer adam", "adamw8bit")),
     (("lora", "--gradient-bits", 8), ("one process sends no gradients", "torchrun")),
@@ -171,6 +175,8 @@ WRONG = [
     (("qat", "--scheme", "W4A16-g16", "--start", "zero"), ("--start zero", "original")),
     (("qat", "--scheme", "W4A16-g16", "--freeze-after", 2), ("freeze_after",)),
     (("qat", "--scheme", "W4A16-g16", "--method", "gptqq"), ("gptqq", "Did you mean")),
+    (("qat", "--scheme", "W4A16-g16", "--cache-bits", 99), ("2 to 8 bits", "not 99")),
+    (("qat", "--scheme", "nf4-b16", "--mode", "learned"), ("nf4", "Use mode fixed")),
     (("distill", "--teacher", "nowhere"), ("nowhere",)),
 ]
 
@@ -188,6 +194,11 @@ def test_text_that_is_missing_or_too_short(refuse: Refuse, tiny_llama_dir: Path,
     refuse(*asked, tmp_path / "none.txt", *QUICK, says=("none.txt",))
     (tmp_path / "short.txt").write_text("too short")
     refuse(*asked, tmp_path / "short.txt", *QUICK, says=("short.txt", "held out"))
+
+
+def test_more_logits_than_tokens_are_refused(refuse: Refuse, tiny_llama_dir: Path, text: Path, out: Path) -> None:
+    asked = ("train", "distill", tiny_llama_dir, "--teacher", tiny_llama_dir, "--data", text, "--out", out, *QUICK)
+    refuse(*asked, "--top-k", 321, says=("--top-k 321", "320 or less"))
 
 
 def command_line() -> None:

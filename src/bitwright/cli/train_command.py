@@ -49,7 +49,7 @@ Targets = Annotated[
 ]
 GradientBits = Annotated[int | None, typer.Option(help="Under torchrun: send gradients in 8, 4 or 1 bits.")]
 Shard = Annotated[bool, typer.Option("--shard", help="Under torchrun: share one model (FSDP2) instead of copying it.")]
-Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, mps, or cuda (choose one by CUDA_VISIBLE_DEVICES).")]
 Dtype = Annotated[str, typer.Option(help="Compute type of the frozen base: float32, bfloat16 or float16.")]
 Method = Annotated[str | None, typer.Option(help="Where training starts: gptq unless the recipe says.")]
 Start = Annotated[str, typer.Option(help="method: its codes; original: the weights on its grids.")]

@@ -22,7 +22,7 @@ from bitwright.model.layouts.own import input_scale
 from bitwright.numerics.block_scales import FixedFp8Scale
 from bitwright.numerics.grid import Grid
 from bitwright.numerics.inputs import InputQuantizer
-from bitwright.numerics.integer import IntegerFormat
+from bitwright.numerics.integer import MAX_BITS, MIN_BITS, IntegerFormat
 from bitwright.numerics.ranges import FLOAT32, fit_grid
 from bitwright.numerics.scales import FloatScale
 from bitwright.numerics.ste import straight_through
@@ -168,6 +168,8 @@ class FakeKeyValue:
     Args:
         bits: 2 to 8.
         group: tokens (keys) or channels (values) that share a scale.
+    Raises:
+        RecipeError: another number of bits.
     Reference:
         KIVI, arXiv:2402.02750. Differs: keys are quantized before their rotary embedding, as in KVQuant
         (arXiv:2401.18079), since that is where their projection ends; and the latest tokens are quantized too.
@@ -175,6 +177,10 @@ class FakeKeyValue:
 
     bits: int
     group: int
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise RecipeError(f"the KV cache takes {MIN_BITS} to {MAX_BITS} bits in training, not {self.bits}.")
 
     def keys(self, x: Tensor) -> Tensor:
         """Return the keys [B, T, C] as the cache gives them back, in their dtype."""
@@ -209,16 +215,22 @@ def add_fake_cache(model: nn.Module, bits: int, group: int) -> list[RemovableHan
     """
     cache = FakeKeyValue(bits=bits, group=group)
     roles = {KEYS: cache.keys, VALUES: cache.values}
-    found = [
-        (module, roles[name.rpartition(".")[2]])
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in roles
-    ]
+    return [module.register_forward_hook(_hook(roles[role])) for module, role in cached_projections(model)]
+
+
+def cached_projections(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the modules whose outputs a cache keeps, and which they are: k_proj or v_proj.
+
+    Raises:
+        StructureError: the model has no such modules, as where query, key and value are one weight.
+    """
+    named = [(module, name.rpartition(".")[2]) for name, module in model.named_modules()]
+    found = [(module, role) for module, role in named if role in (KEYS, VALUES)]
     if not found:
         raise StructureError(
             "the model has no modules k_proj and v_proj, so its cache cannot be fake-quantized. Leave it."
         )
-    return [module.register_forward_hook(_hook(change)) for module, change in found]
+    return found
 
 
 def _hook(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Tensor]:

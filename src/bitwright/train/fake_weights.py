@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import RecipeError
-from bitwright.numerics.codebook_grid import CodebookGrid
+from bitwright.numerics.codebook_grid import CodebookFormat, CodebookGrid, LearnedTableFormat
 from bitwright.numerics.fitting import fit
 from bitwright.numerics.formats import has_float_zero
 from bitwright.numerics.grid import AnyGrid, Grid
@@ -48,6 +48,7 @@ SMALLEST_SHARE = 2.0**-10
 BISECTIONS = 10
 """Of the way from a level to a weight: to a thousandth of it."""
 _STORED = "stored_"
+_WITH_STEP = (IntegerFormat, MinifloatFormat, TernaryFormat)
 
 
 def fit_start(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> AnyGrid:
@@ -104,8 +105,24 @@ def mean_step(grid: AnyGrid, num_rows: int) -> float:
 
 def can_learn(grid: AnyGrid) -> bool:
     """Whether the scales of a grid can be learned: a format with a step, and scales that are plain floats."""
-    learnable = (IntegerFormat, MinifloatFormat, TernaryFormat)
-    return isinstance(grid, Grid) and grid.stored is None and isinstance(grid.format, learnable)
+    return isinstance(grid, Grid) and grid.stored is None and isinstance(grid.format, _WITH_STEP)
+
+
+def check_mode(mode: Mode, scheme: Scheme) -> None:
+    """Refuse a mode that the format of a scheme cannot have.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    format = scheme.weights.format
+    has_tables = isinstance(format, CodebookFormat) and not isinstance(format, LearnedTableFormat)
+    is_plain = not has_tables and isinstance(scheme.weights.stored_scale(torch.float32), FloatScale)
+    if mode == "learned" and not (is_plain and isinstance(format, _WITH_STEP)):
+        raise RecipeError(f"{scheme}: its scales cannot be learned (tables, signs or stored scales). Use mode fixed.")
+    if mode == "scales" and not is_plain:
+        raise RecipeError(f"{scheme}: it has no plain float scales to train. Use mode fixed.")
+    if mode == "minmax" and has_tables:
+        raise RecipeError(f"{scheme}: a table per row or group has no range. Use mode fixed.")
 
 
 class FakeWeight(nn.Module):
@@ -128,7 +145,7 @@ class FakeWeight(nn.Module):
         self.storage = scheme.weights.stored_scale(dtype)
         _check_grid(grid, scheme, weight.shape[0])
         self._template = _as_stored(grid, self.storage)
-        _check_mode(mode, self._template, str(scheme))
+        check_mode(mode, scheme)
         self.frozen: Tensor
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=weight.device))
         self.outlier_index: Tensor | None
@@ -338,15 +355,6 @@ def _check_grid(grid: AnyGrid, scheme: Scheme, num_rows: int) -> None:
             f"{scheme}: the grid to start from is of {grid.format.name} per {grid.granularity.kind} over "
             f"{grid.in_features} columns, and does not fit. Fit one with this scheme and its effective group size."
         )
-
-
-def _check_mode(mode: Mode, grid: AnyGrid, scheme: str) -> None:
-    if mode == "learned" and not can_learn(grid):
-        raise RecipeError(f"{scheme}: its scales cannot be learned (tables, signs or stored scales). Use mode fixed.")
-    if mode == "scales" and (not isinstance(grid, Grid) or grid.stored is not None):
-        raise RecipeError(f"{scheme}: it has no plain float scales to train. Use mode fixed.")
-    if mode == "minmax" and isinstance(grid, CodebookGrid):
-        raise RecipeError(f"{scheme}: a table per row or group has no range. Use mode fixed.")
 
 
 def _as_stored(grid: AnyGrid, storage: ScaleFormat) -> AnyGrid:

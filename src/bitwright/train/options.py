@@ -55,6 +55,8 @@ class TrainingOptions:
         rate = self.learning_rate
         _check(rate > 0 and math.isfinite(rate), "learning_rate", rate, "a finite number above 0")
         _check(0 <= self.warmup < 1, "warmup", self.warmup, "from 0 to below 1")
+        decay = self.weight_decay
+        _check(decay >= 0 and math.isfinite(decay), "weight_decay", decay, "a finite number, at least 0")
         _check(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
         _check(self.seed >= 0, "seed", self.seed, "at least 0")
 

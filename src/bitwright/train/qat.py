@@ -143,7 +143,7 @@ def prepare(
     for name in (*start, *inputs):
         if name not in schemes:
             raise RecipeError(f"qat: '{name}' has a start but no scheme.{did_you_mean(name, schemes)}")
-    linears = {name: _linear(model, name) for name in schemes}
+    linears = {name: linear_of(model, name) for name in schemes}
     prepared: dict[str, QatLinear] = {}
     for name, linear in linears.items():
         prepared[name] = _prepared(linear, schemes[name], start.get(name), options, inputs.get(name), dtype)
@@ -203,7 +203,12 @@ def _mode(options: QatOptions, grid: AnyGrid) -> Mode:
     return "learned" if can_learn(grid) else "fixed"
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """Return the layer whose weight can be trained.
+
+    Raises:
+        StructureError: there is none of that name, or it is no `nn.Linear`.
+    """
     try:
         module = model.get_submodule(name)
     except AttributeError:
