@@ -16,6 +16,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from bitwright.records import read_jsonl
+
 Refuse = Callable[..., str]
 Cli = Callable[..., tuple[int, str, str]]
 STOP_AT = "TEST_STOP_AT"
@@ -33,6 +35,21 @@ def test_an_adapter_is_trained_and_described_as_json(cli: Cli, tiny_llama_dir: P
     status, printed, _ = cli(*asked)  # finished: told again
     assert status == 0
     assert "perplexity before" in printed
+
+
+def test_the_schedule_of_the_rate_is_chosen(cli: Cli, tiny_llama_dir: Path, text: Path, out: Path) -> None:
+    asked = ("train", "lora", tiny_llama_dir, "--data", text, "--out", out, "--rank", 2, *QUICK, "--lr", 0.01)
+    status, _, err = cli(*asked, "--warmup", 0, "--schedule", "linear", "--max-grad-norm", 0.5, "--quiet")
+    assert status == 0, err
+    steps = [record for record in read_jsonl(out / "5-records.jsonl") if record["kind"] == "training_step"]
+    assert [step["learning_rate"] for step in steps] == pytest.approx([0.01, 0.005])
+
+
+def test_without_a_verb_there_is_help_alone(cli: Cli) -> None:
+    for asked in ((), ("train",)):
+        status, printed, err = cli(*asked)
+        assert (status, err) == (2, "")
+        assert "Usage" in printed
 
 
 def test_the_trained_codes_evaluate_like_any_run(cli: Cli, tiny_llama_dir: Path, text: Path, out: Path) -> None:
@@ -158,6 +175,9 @@ WRONG = [
     (("lora", "--rank", 0), ("rank", "at least 1")),
     (("lora", "--steps", 0), ("steps", "at least 1")),
     (("lora", "--lr", "-1"), ("learning_rate", "above 0")),
+    (("lora", "--schedule", "sine"), ("--schedule sine", "Did you mean 'cosine'")),
+    (("qlora", "--warmup", 1), ("warmup", "below 1")),
+    (("qat", "--scheme", "W4A16-g16", "--max-grad-norm", 0), ("max_grad_norm", "above 0")),
     (("lora", "--weight-decay", "-1"), ("weight_decay", "at least 0")),
     (("lora", "--weight-decay", "nan"), ("weight_decay", "finite")),
     (("lora", "--device", "nowhere"), ("--device nowhere", "Use cpu")),

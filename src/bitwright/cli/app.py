@@ -304,7 +304,9 @@ def main() -> None:
     except OSError as error:
         fail(_describe_os_error(error), 2)
     except _UsageError as error:
-        fail(error.format_message(), 2)
+        if message := error.format_message():
+            fail(message, 2)
+        sys.exit(2)  # nothing was asked, and the help is printed
     else:
         if status == INTERRUPTED_STATUS:  # newer typer turns Ctrl-C into this return value
             fail(INTERRUPTED, INTERRUPTED_STATUS)

@@ -11,7 +11,7 @@ from rich.table import Table
 from bitwright.cli.console import ProgressBars, fail, listed, print_json, show
 from bitwright.cli.shared_options import AsJson, FreshRun, MaxKl, Model, Quiet, RecipeFile, RemoteCode
 from bitwright.cli.speed_command import MeasureSpeed, add_speed
-from bitwright.train.options import FOR_ADAPTERS, FOR_DISTILLATION, FOR_QAT, OPTIMIZERS, TrainingOptions
+from bitwright.train.options import FOR_ADAPTERS, FOR_DISTILLATION, FOR_QAT, OPTIMIZERS, SCHEDULES, TrainingOptions
 
 if TYPE_CHECKING:
     from bitwright.training_run import TrainingResult
@@ -34,6 +34,9 @@ Batch = Annotated[int, typer.Option(help="Windows per step and process.")]
 Accumulation = Annotated[int, typer.Option(help="Batches per step.")]
 Rate = Annotated[float, typer.Option("--learning-rate", "--lr", help="The highest of the schedule.")]
 Optimizer = Annotated[str, typer.Option(help="adamw, or adamw8bit: states in 8 bit (bitsandbytes).")]
+Schedule = Annotated[str, typer.Option(help="cosine, linear, or constant_with_warmup.")]
+Warmup = Annotated[float, typer.Option(help="Fraction of the steps over which the rate rises.")]
+MaxGradNorm = Annotated[float, typer.Option(help="Gradients are scaled down to this norm.")]
 Decay = Annotated[float, typer.Option(help="Weight decay of AdamW.")]
 Precision = Annotated[str, typer.Option(help="float32, or bfloat16 (autocast).")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")]
@@ -71,7 +74,8 @@ def lora(
     model: Model, data: Data, out: Out, heldout: Heldout = None, rank: Rank = 16, alpha: Alpha = 32.0,
     dropout: Dropout = 0.0, rslora: RankStabilised = False, targets: Targets = None, seqlen: Seqlen = 256,
     windows: Windows = None, steps: Steps = FOR_ADAPTERS.steps, batch: Batch = 8, accumulation: Accumulation = 1,
-    learning_rate: Rate = FOR_ADAPTERS.learning_rate, optimizer: Optimizer = "adamw", weight_decay: Decay = 0.0,
+    learning_rate: Rate = FOR_ADAPTERS.learning_rate, schedule: Schedule = "cosine", warmup: Warmup = 0.05,
+    optimizer: Optimizer = "adamw", weight_decay: Decay = 0.0, max_grad_norm: MaxGradNorm = 1.0,
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
     tensorboard: Tensorboard = False,
     gradient_bits: GradientBits = None, shard: Shard = False, seed: Seed = 0, device: Device = "cpu",
@@ -95,8 +99,8 @@ def qlora(
         bool, typer.Option("--by-group", help="Adapters that fold into zero points (QA-LoRA); a -floatzero scheme.")
     ] = False,
     seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = FOR_ADAPTERS.steps, batch: Batch = 8,
-    accumulation: Accumulation = 1, learning_rate: Rate = FOR_ADAPTERS.learning_rate, optimizer: Optimizer = "adamw",
-    weight_decay: Decay = 0.0,
+    accumulation: Accumulation = 1, learning_rate: Rate = FOR_ADAPTERS.learning_rate, schedule: Schedule = "cosine",
+    warmup: Warmup = 0.05, optimizer: Optimizer = "adamw", weight_decay: Decay = 0.0, max_grad_norm: MaxGradNorm = 1.0,
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
     tensorboard: Tensorboard = False, gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu",
     dtype: Dtype = "float32", fresh: FreshRun = False, quiet: Quiet = False, as_json: AsJson = False,
@@ -119,8 +123,8 @@ def qat(
     rest_rate: RestRate = 0.1, train_rest: Rest = False, cache_bits: CacheBits = None, max_kl: MaxKl = None,
     heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None, steps: Steps = FOR_QAT.steps,
     batch: Batch = 8, accumulation: Accumulation = 1, learning_rate: StepRate = FOR_QAT.learning_rate,
-    optimizer: Optimizer = "adamw",
-    weight_decay: Decay = 0.0, precision: Precision = "float32",
+    schedule: Schedule = "cosine", warmup: Warmup = 0.05, optimizer: Optimizer = "adamw",
+    weight_decay: Decay = 0.0, max_grad_norm: MaxGradNorm = 1.0, precision: Precision = "float32",
     checkpointing: Checkpointing = False, save_every: SaveEvery = 50, tensorboard: Tensorboard = False,
     gradient_bits: GradientBits = None, seed: Seed = 0, device: Device = "cpu", measure_speed: MeasureSpeed = False,
     fresh: FreshRun = False, quiet: Quiet = False, as_json: AsJson = False, trust_remote_code: RemoteCode = False,
@@ -165,7 +169,8 @@ def distill(
     features: Annotated[float, typer.Option(help="Weight of the distance between hidden states.")] = 0.0,
     heldout: Heldout = None, seqlen: Seqlen = 256, windows: Windows = None,
     steps: Steps = FOR_DISTILLATION.steps, batch: Batch = 8, accumulation: Accumulation = 1,
-    learning_rate: Rate = FOR_DISTILLATION.learning_rate, optimizer: Optimizer = "adamw", weight_decay: Decay = 0.0,
+    learning_rate: Rate = FOR_DISTILLATION.learning_rate, schedule: Schedule = "cosine", warmup: Warmup = 0.05,
+    optimizer: Optimizer = "adamw", weight_decay: Decay = 0.0, max_grad_norm: MaxGradNorm = 1.0,
     precision: Precision = "float32", checkpointing: Checkpointing = False, save_every: SaveEvery = 50,
     tensorboard: Tensorboard = False, gradient_bits: GradientBits = None, shard: Shard = False, seed: Seed = 0,
     device: Device = "cpu", fresh: FreshRun = False, quiet: Quiet = False, as_json: AsJson = False,
@@ -225,11 +230,14 @@ def _text(given: dict[str, Any]) -> "TrainingText":
 def _options(given: dict[str, Any]) -> TrainingOptions:
     names = (
         "steps", "batch", "accumulation", "learning_rate", "weight_decay", "checkpointing", "save_every", "seed",
-        "tensorboard",
+        "tensorboard", "warmup", "max_grad_norm",
     )  # fmt: skip
     precision = _one_of("--precision", given["precision"], ("float32", "bfloat16"))
     optimizer = _one_of("--optimizer", given["optimizer"], OPTIMIZERS)
-    return TrainingOptions(precision=precision, optimizer=optimizer, **{name: given[name] for name in names})
+    schedule = _one_of("--schedule", given["schedule"], SCHEDULES)
+    return TrainingOptions(
+        precision=precision, optimizer=optimizer, schedule=schedule, **{name: given[name] for name in names}
+    )
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> Any:

@@ -10,6 +10,7 @@ Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "adamw8bit"]
 ADAMW_8BIT = "adamw8bit"
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 OPTIMIZERS = ("adamw", ADAMW_8BIT)
 
 
@@ -23,6 +24,7 @@ class TrainingOptions:
         accumulation: batches whose gradients are summed for one step.
         optimizer: adamw, or adamw8bit of bitsandbytes: states in 8 bit, with a scale for every 256 of them.
         learning_rate: the highest of the schedule.
+        schedule: how the rate falls after it has risen.
         warmup: fraction of the steps over which the rate rises.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to this norm.
@@ -50,6 +52,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         _check(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS))
+        _check(self.schedule in SCHEDULES, "schedule", self.schedule, ", ".join(SCHEDULES))
         for name in ("steps", "batch", "accumulation", "save_every"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         rate = self.learning_rate
