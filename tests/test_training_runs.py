@@ -18,7 +18,7 @@ from bitwright.cli import train_command
 from bitwright.distill_run import DistillTask, distill_model
 from bitwright.errors import CheckpointError, DataError, RecipeError, RunError
 from bitwright.model.checkpoint import open_checkpoint
-from bitwright.pipeline import quantize
+from bitwright.pipeline import export, quantize
 from bitwright.progress import no_progress
 from bitwright.qat_run import QatTask, train_quantized
 from bitwright.recipe import Calibration, Recipe
@@ -236,6 +236,25 @@ def test_memory_is_predicted_and_measured(
     for part in ("weights", "scales", "adapters", "gradients", "optimizer"):
         assert predicted[part] == measured[part], part
     assert measured["activations"] / 2 < predicted["activations"] < measured["activations"] * 2
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("bitwright", "bfloat16"), ("bitsandbytes", "float32")])
+def test_memory_of_adapters_over_a_packed_model_is_predicted(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path, layout: str, dtype: str
+) -> None:
+    recipe = Recipe(
+        scheme=Scheme.parse("nf4-g64-dq"), method="rtn", layout="bitwright", max_kl=100.0,
+        calibration=Calibration(text=text.data, num_samples=1, seqlen=SEQLEN),
+    )  # fmt: skip
+    base = quantize(tiny_llama_dir, recipe, tmp_path / "base").run
+    if layout == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+        export(base, layout, tmp_path / "packed", verify=False)
+        base = tmp_path / "packed"
+    task = replace(lora(text, dtype=dtype), training=options(steps=1))
+    results = train_adapter(base, task, tmp_path / "run").results
+    for part in ("weights", "scales", "adapters", "gradients", "optimizer"):
+        assert results["predicted_memory"][part] == results["memory"][part], part
 
 
 def test_a_command_trains_as_long_and_as_fast_as_its_task() -> None:

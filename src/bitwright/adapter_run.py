@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bitwright.errors import RecipeError
+from bitwright.model.layouts.stored import module_of
 from bitwright.model.sites import Site, modules_of, stacked_patterns
 from bitwright.model.stream import StreamedModel
 from bitwright.model.tensor_file import save_tensors_atomic
@@ -38,6 +39,7 @@ from bitwright.train.lora import Adapter, LoraConfig, LoraLinear, adapters_of, a
 from bitwright.train.low_rank_start import start_at_error
 from bitwright.train.memory_ledger import Batch, MemoryLedger, predict_memory
 from bitwright.train.options import FOR_ADAPTERS, TrainingOptions
+from bitwright.train.packed_base import packed_schemes
 from bitwright.train.processes import Processes
 from bitwright.train.target_layers import select, stacked_experts
 from bitwright.training_run import (
@@ -151,7 +153,7 @@ def load_base(model: Path, task: AdapterTask, folder: Path, *, trust_remote_code
 def _predicted(streamed: StreamedModel, task: AdapterTask) -> MemoryLedger:
     """What training will hold, before anything is loaded."""
     shape, dtype = shape_of_model(streamed), DTYPES[task.dtype]
-    schemes: dict[str, Scheme | None] = {}
+    schemes: Mapping[str, Scheme | None] = _stored_schemes(streamed)
     if task.scheme is not None:
         plan = decide(streamed, base_recipe(task, model_sites(streamed))).plan
         schemes = {name: entry.effective for name, entry in plan.sites.items()}
@@ -161,6 +163,13 @@ def _predicted(streamed: StreamedModel, task: AdapterTask) -> MemoryLedger:
         shape.in_dtype(dtype, packed=packed), schemes, task.lora, batch, by_group=task.by_group,
         optimizer=task.training.optimizer,
     )  # fmt: skip
+
+
+def _stored_schemes(streamed: StreamedModel) -> dict[str, Scheme]:
+    """The schemes of the sites that the model itself stores packed."""
+    found = packed_schemes(streamed.skeleton.checkpoint)
+    modules = {site.name: module_of(streamed.skeleton.sources[site.parameter][0]) for site in model_sites(streamed)}
+    return {site: found[module] for site, module in modules.items() if module in found}
 
 
 def _train(

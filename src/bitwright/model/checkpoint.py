@@ -96,6 +96,10 @@ class Checkpoint:
         small = {_leaf(part): tensor for part, tensor in self.read_stored(says_shape).items()}
         return self._quantization.shape(name, shapes, small)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the dense tensor `name`."""
+        return self._dtype_of(name) if name in self._parts else self.stored[name].dtype
+
     @property
     def dense_dtype(self) -> torch.dtype:
         """The dtype that quantized weights are dequantized to: the model's."""

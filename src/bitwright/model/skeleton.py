@@ -75,8 +75,8 @@ class Skeleton:
         return sorted({stored for name in self._under(prefix) for stored in self.sources[name]})
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
-        """The dtype in which the checkpoint stores a parameter, or its first part."""
-        return self.checkpoint.stored[self.sources[parameter][0]].dtype
+        """The dtype in which the checkpoint stores a parameter, or its first part; packed, that of its values."""
+        return self.checkpoint.dtype(self.sources[parameter][0])
 
     def stored_pieces(self, parameter: str) -> list[tuple[str, int | None, int, int]]:
         """Where the rows of a parameter lie in the checkpoint: (stored name, expert, first row, end row), in order.

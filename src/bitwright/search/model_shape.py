@@ -137,22 +137,22 @@ class ModelShape:
 
 
 def shape_of_model(model: StreamedModel) -> ModelShape:
-    """Describe a checkpoint: its own names and dtypes."""
-    skeleton = model.skeleton
-    stored = {
-        name: StoredTensor(name=name, shape=info.shape, dtype=info.dtype)
-        for name, info in skeleton.checkpoint.stored.items()
-    }
+    """Describe a checkpoint: its own names and dtypes; of packed weights those that they decode to."""
+    skeleton, checkpoint = model.skeleton, model.skeleton.checkpoint
     sites = _sites(skeleton.model, model.block_names)
     of_sites = {stored_name for site in sites for stored_name in skeleton.sources[site.parameter]}
     return _shape(
         skeleton.model,
-        str(skeleton.checkpoint.path),
+        str(checkpoint.path),
         model.block_names,
         sites=sites,
         site_dtypes={site.name: skeleton.stored_dtype(site.parameter) for site in sites},
-        kept=tuple(tensor for name, tensor in sorted(stored.items()) if name not in of_sites),
-        dtype=skeleton.checkpoint.dense_dtype,
+        kept=tuple(
+            StoredTensor(name=name, shape=checkpoint.shape(name), dtype=checkpoint.dtype(name))
+            for name in checkpoint.names
+            if name not in of_sites
+        ),
+        dtype=checkpoint.dense_dtype,
     )
 
 

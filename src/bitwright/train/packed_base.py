@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from bitwright.errors import BitwrightError, CheckpointError, MissingDependency
-from bitwright.model.checkpoint import open_checkpoint
+from bitwright.model.checkpoint import Checkpoint, open_checkpoint
 from bitwright.model.layouts import bitsandbytes, own
+from bitwright.model.layouts.stored import module_of, own_schemes
 from bitwright.nn.linear import QuantizedLinear
+from bitwright.schemes import Scheme
 
 
 def is_from_bitsandbytes(model: Path) -> bool:
@@ -25,6 +27,17 @@ def is_from_bitsandbytes(model: Path) -> bool:
     if importlib.util.find_spec(bitsandbytes.NAME) is None:
         raise MissingDependency(f"{model}: packed by bitsandbytes, which loads it. pip install bitsandbytes.")
     return True
+
+
+def packed_schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Return the scheme of every layer of a checkpoint that becomes a `QuantizedLinear`, by the name of its module."""
+    config = checkpoint.config.get("quantization_config") or {}
+    if config.get("quant_method") == own.NAME:
+        return own_schemes(config, checkpoint.path)
+    if config.get("quant_method") != bitsandbytes.NAME:
+        return {}
+    names = checkpoint.packed_names()
+    return {module_of(name): bitsandbytes.scheme_of(checkpoint.read_packed(name)) for name in names}
 
 
 def adopt_layers(model: nn.Module) -> None:
