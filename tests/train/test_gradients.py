@@ -146,8 +146,8 @@ class Fixed(nn.Module):
         super().__init__()
         self.weights = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
 
-    def forward(self, gradients: Sequence[Tensor]) -> Tensor:
-        products = [(w * g).sum() for w, g in zip(self.weights, gradients, strict=True)]
+    def forward(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        products = [(w * g).sum() for w, g in zip(self.weights, gradients, strict=True) if g is not None]
         return torch.stack(products).sum()
 
 
@@ -215,19 +215,23 @@ def refusals(rank: int, kept: dict[str, Any]) -> list[str]:
     return messages
 
 
-def run_feedback(rank: int, options: GradientOptions) -> Result:
+def run_feedback(rank: int, options: GradientOptions, *, used_every: int = 1) -> Result:
+    """All ranks use the first weight in one of so many steps alone, and the others in all."""
     sizes = (70, 5, 1)
-    wrapped, traffic = parallel(Fixed(*sizes), options)
+    wrapped, traffic = parallel(Fixed(*sizes), options, find_unused_parameters=used_every > 1)
     wanted = [torch.zeros(size, dtype=torch.float64) for size in sizes]
     sent = [torch.zeros(size, dtype=torch.float64) for size in sizes]
     generator = torch.Generator().manual_seed(rank)
-    for _ in range(8):
-        gradients = [torch.randn(size, generator=generator) for size in sizes]
+    for step in range(8):
+        gradients: list[Tensor | None] = [torch.randn(size, generator=generator) for size in sizes]
+        if step % used_every:
+            gradients[0] = None
         wrapped.zero_grad()
         wrapped(gradients).backward()
         for i, weight in enumerate(wrapped.module.weights):
-            wanted[i] += gradients[i].double()
-            sent[i] += weight.grad.double()
+            if (gradient := gradients[i]) is not None:
+                wanted[i] += gradient.double()
+                sent[i] += weight.grad.double()
     assert traffic is not None
     return {"wanted": wanted, "sent": sent, "residuals": traffic.state_dict()["residuals"]}
 
@@ -321,6 +325,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         f"feedback-{bits}": lambda rank, bits=bits: run_feedback(rank, GradientOptions(bits=bits, block=16))
         for bits in (8, 4, 1)
     },
+    "feedback-unused": lambda rank: run_feedback(rank, GradientOptions(bits=4, block=16), used_every=2),
     **{
         f"not-finite-{bits}": lambda rank, bits=bits: run_not_finite(rank, GradientOptions(bits=bits, block=16))
         for bits in (8, 1)
@@ -396,9 +401,9 @@ def test_foreign_residuals_are_refused(found: list[Result]) -> None:
     assert "fits no parameter" in model
 
 
-@pytest.mark.parametrize("bits", [8, 4, 1])
-def test_what_was_sent_is_what_was_wanted_less_the_residual(found: list[Result], bits: int) -> None:
-    runs = [result[f"feedback-{bits}"] for result in found]
+@pytest.mark.parametrize("how", ["8", "4", "1", "unused"])
+def test_what_was_sent_is_what_was_wanted_less_the_residual(found: list[Result], how: str) -> None:
+    runs = [result[f"feedback-{how}"] for result in found]
     for i, wanted in enumerate(zip(*(run["wanted"] for run in runs), strict=True)):
         size = wanted[0].numel()
         own = torch.stack([run["residuals"]["own"][f"weights.{i}"] for run in runs]).mean(0)

@@ -16,6 +16,9 @@ its buckets anew after the first step. That the sums agree is what counts for an
 gradient. Adam divides by the size of past gradients, to which a residual counts as well: with 1 bit it may do no better
 than without feedback.
 
+A gradient that is 0 everywhere sends no residual, which waits for the next step: DDP throws away what arrives for a
+parameter that no rank has used (`find_unused_parameters`), and zeros are all that the hook sees of one.
+
 A gradient that is not finite makes its whole block NaN on every rank, so that a trainer sees it; the residual of the
 block stays what it was.
 
@@ -179,12 +182,13 @@ class GradientTraffic:
         options, kept = self.options, self._residuals[phase]
         rows = slice(None) if phase == OWN else slice(self.rank, self.rank + 1)
         values = layout.to_blocks(pieces)
+        used = [piece.any() for piece in pieces]
         residual = None
         if options.error_feedback:
             for name, piece in zip(names, pieces, strict=True):
                 if name not in kept:
                     kept[name] = torch.zeros_like(piece)
-            residual = layout.to_blocks([kept[name] for name in names])
+            residual = layout.to_blocks([kept[name] * is_used for name, is_used in zip(names, used, strict=True)])
             values += residual
         # A sign has no 0: what was decoded into the padding must not count as a value to send.
         values.masked_fill_(layout.is_padding[rows], 0.0)
@@ -193,8 +197,8 @@ class GradientTraffic:
         if residual is not None:
             lost = values - decode(codes, scale, options.bits)
             lost = torch.where(torch.isfinite(scale).unsqueeze(-1), lost, residual)
-            for name, piece in zip(names, layout.to_pieces(lost), strict=True):
-                kept[name].copy_(piece)
+            for name, piece, is_used in zip(names, layout.to_pieces(lost), used, strict=True):
+                kept[name].copy_(torch.where(is_used, piece, kept[name]))
         return to_bytes(codes, scale, options.bits, layout)
 
     def _noise(self, phase: str, layout: Layout, names: Sequence[str], values: Tensor) -> Tensor:
