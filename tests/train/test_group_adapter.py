@@ -69,6 +69,23 @@ def test_what_is_trained_is_what_folds_bit_for_bit(name: str, dtype: torch.dtype
     assert {n: t.dtype for n, t in folded.stored().items()} == {n: t.dtype for n, t in adapter.packed.stored().items()}
 
 
+def test_a_group_that_hardly_varies_keeps_its_zero_points_finite() -> None:
+    weight = torch.randn(OUT, IN)
+    weight[:, :16] *= 1e-8
+    adapter = GroupLoraLinear(packed_layer("W4A16-g16-floatzero", weight, torch.float32), CONFIG)
+    nn.init.normal_(adapter.lora_b, std=0.3)
+    x = torch.randn(3, IN)
+    adapter(x).square().sum().backward()
+    zero = grid_of(adapter.fold()).zero_point
+    assert zero is not None
+    assert bool(zero.isfinite().all())
+    assert torch.equal(adapter(x), adapter.folded_layer()(x))
+    assert adapter.lora_a.grad is not None
+    assert bool((adapter.lora_a.grad[:, 0] == 0).all()), "beyond the end there is no way on"
+    assert bool(adapter.lora_a.grad[:, 1:].isfinite().all())
+    assert bool(adapter.lora_a.grad[:, 1:].any())
+
+
 @pytest.mark.parametrize("name", [name for name in SCHEMES if "A16" in name])
 def test_the_adapter_sees_means_over_groups(name: str) -> None:
     """y = base + scaling B A mean(x), as far as float16 zero points can say it."""

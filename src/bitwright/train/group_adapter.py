@@ -8,9 +8,9 @@ so that it adds the same number, delta = scaling · (B A)[o, g] / n, to the n we
 is a shift of the zero point: z' = z - delta / s. Codes and scales stay.
 
 Zero points are stored as float16. In training the shifted zero points are rounded like that (gradients pass straight
-through), and the product is that of the weight with these zero points, bit for bit: nothing is lost by folding. The
-product x Wᵀ + ... is never computed as a sum; its gradients are those of the sum. An adapter has no dropout for that
-reason: what it adds is not apart from the weight.
+through, but for those beyond its range, which stop at its ends), and the product is that of the weight with these zero
+points, bit for bit: nothing is lost by folding. The product x Wᵀ + ... is never computed as a sum; its gradients are
+those of the sum. An adapter has no dropout for that reason: what it adds is not apart from the weight.
 
 Legend: T tokens, O out features, I in features, G groups per row, n columns per group, r rank.
 
@@ -37,6 +37,7 @@ from bitwright.schemes import Scheme
 from bitwright.train.lora import Adapter, LoraConfig, adapters_of, attach
 from bitwright.train.target_layers import Layer, select
 
+LARGEST_ZERO = torch.finfo(FLOAT_ZERO_DTYPE).max
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -95,7 +96,8 @@ class GroupLoraLinear(Adapter):
     def zero_point(self, grid: Grid) -> Tensor:
         """Return the zero points [O, G] of the base's grid, shifted and rounded to what is stored; float32."""
         shift = self.product().float() / self.get_buffer("widths") / grid.scale.float()
-        shifted = cast(Tensor, grid.zero_point).float() - shift
+        # Where a group hardly varies, a small number is a shift beyond float16: there the adapter has reached its end.
+        shifted = (cast(Tensor, grid.zero_point).float() - shift).clamp(-LARGEST_ZERO, LARGEST_ZERO)
         return straight_through(shifted, lambda zero: zero.to(FLOAT_ZERO_DTYPE).float())
 
     def forward(self, x: Tensor) -> Tensor:
