@@ -118,6 +118,15 @@ def test_training_towards_the_original_comes_closer_to_it(
     assert found.results["kl_mean"] < found.results["kl_before"]
 
 
+def test_a_cache_that_was_quantized_in_training_is_told(
+    tiny_llama_dir: Path, text: TrainingText, tmp_path: Path
+) -> None:
+    task = replace(qat(text, "W8A16-g16", cache_bits=2), training=options(steps=1))
+    results = train_quantized(tiny_llama_dir, task, tmp_path / "run").results
+    assert results["cache_bits"] == 2
+    assert results["gate_kl"] < results["kl_mean"], "the gate sees no quantized cache"
+
+
 def test_a_training_that_makes_it_worse_fails_its_gate(
     tiny_llama_dir: Path, text: TrainingText, tmp_path: Path
 ) -> None:

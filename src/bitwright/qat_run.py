@@ -229,6 +229,7 @@ class _Work:
             "temperature": self.task.temperature,
             "labels": self.task.labels,
             "start": self.task.start,
+            "cache_bits": self.task.cache_bits,
             "perplexity_original": original.perplexity,
             "perplexity_before": before.perplexity,
             "perplexity": after.perplexity,

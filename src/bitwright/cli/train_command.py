@@ -64,7 +64,7 @@ StepRate = Annotated[
     float, typer.Option("--learning-rate", "--lr", help="The highest of the schedule, in steps of a weight's grid.")
 ]
 Rest = Annotated[bool, typer.Option("--train-rest", help="Also train what stays in 16 bit.")]
-CacheBits = Annotated[int | None, typer.Option(help="Also quantize the KV cache in training.")]
+CacheBits = Annotated[int | None, typer.Option(help="Also quantize the KV cache, in training alone; 2 to 8.")]
 Labels = Annotated[float, typer.Option(help="Share of the text's own next tokens in the loss.")]
 Temperature = Annotated[float, typer.Option(help="Of the teacher's and the student's distributions.")]
 
