@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from bitwright.cli.app import main
 from bitwright.errors import CheckpointError, DataError, RecipeError, RunError
 from bitwright.merging import RECORD, MergeResult, MergeTask, merge
 from bitwright.model.checkpoint import open_checkpoint
-from bitwright.pipeline import quantize
+from bitwright.pipeline import export, quantize
 from bitwright.preparation import open_model
 from bitwright.progress import no_progress
 from bitwright.recipe import Calibration, Recipe
@@ -329,12 +329,33 @@ def test_an_adapter_of_peft_over_a_quantized_run(peft: Any, tiny_llama_dir: Path
     assert (record["scheme"], record["original"]) == ("W4A16-g32", str(tiny_llama_dir))
 
     shutil.move(base / "4-model", tmp_path / "packed")
-    with pytest.raises(RunError, match="packed, and nothing says which model it was made from"):
-        merge(adapter, replace(task, base=str(tmp_path / "packed"), how="dense"), tmp_path / "no")
+    moved = replace(task, base=str(tmp_path / "packed"), how="dense")
+    record = merge(adapter, moved, tmp_path / "dense").record
+    assert record["original"] == record["base"] == str(tmp_path / "packed")
+    assert record["kl_mean"] < 1e-6
+    assert set(stored(tmp_path / "dense")) == set(stored(tiny_llama_dir))
+    assert "quantization_config" not in open_checkpoint(tmp_path / "dense").config
+    with pytest.raises(RecipeError, match=r"nothing says what it was made from\. Leave --into out"):
+        merge(adapter, replace(moved, into="original"), tmp_path / "no")
     compressed = quantize(tiny_llama_dir, replace(recipe, layout="compressed-tensors"), tmp_path / "other").run
     with pytest.raises(CheckpointError, match="packed in another layout"):
         merge(adapter, replace(task, base=str(compressed), how="dense"), tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("how", ["dense", "requantize"])
+def test_an_adapter_over_a_model_of_bitsandbytes(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, how: Literal["dense", "requantize"]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = Recipe(
+        scheme=Scheme.parse("nf4-g64"), method="rtn", layout="bitwright", calibration=Calibration(seqlen=SEQLEN)
+    )
+    export(quantize(tiny_llama_dir, recipe, tmp_path / "base").run, "bitsandbytes", tmp_path / "packed", verify=False)
+    run = train(tmp_path / "packed", text, tmp_path / "run")
+    record = merge(run, MergeTask(how=how), tmp_path / "out").record
+    assert record["scheme"] == (None if how == "dense" else "nf4-g64")
+    assert how == "requantize" or record["kl_mean"] < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -17,6 +17,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +37,6 @@ from bitwright.evaluation.streamed import final_hidden
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.dense_copy import write_dense_copy
-from bitwright.model.layouts import own
 from bitwright.model.sites import stacked_patterns
 from bitwright.outcome import gate_failure
 from bitwright.pipeline import Trained, quantize
@@ -50,6 +50,7 @@ from bitwright.train.adapter_files import CONFIG, base_hash, load_adapters, read
 from bitwright.train.group_adapter import add_group_adapters
 from bitwright.train.lora import LoraConfig
 from bitwright.train.merged_weights import onto_base, onto_original
+from bitwright.train.packed_base import packed_schemes
 from bitwright.training_run import BASE, UNGATED, load_in_memory
 from bitwright.training_text import TrainingText
 
@@ -160,7 +161,7 @@ class _Source:
         given: the run, or the bare adapter.
         folder: of the adapter in PEFT's format, or of given sites (`group` is then its configuration).
         base: directory of the model that it was trained on.
-        original: the unquantized model behind the base.
+        original: the unquantized model behind the base; the base itself where that is packed and nothing says which.
         scheme: of the base; None for a dense one.
         data_hash: of all windows of its text; None where nobody wrote it down, or for another text.
     """
@@ -215,6 +216,8 @@ class _Merge:
         self.scheme = None if task.how == "dense" else task.scheme or source.scheme
         if task.how != "dense" and self.scheme is None:
             raise RecipeError(f"{source.base}: is not quantized, so it has no scheme to quantize in. Give --scheme.")
+        if task.into == "original" and source.original == source.base and source.scheme is not None:
+            raise RecipeError(f"{source.base}: packed, and nothing says what it was made from. Leave --into out.")
         self.adapted = source.load(task.device, trust_remote_code)
         self.place: dict[str, Any] = {"device": task.device, "trust_remote_code": trust_remote_code}
 
@@ -368,21 +371,19 @@ def _from_run(path: Path, task: MergeTask) -> _Source:
 
 
 def _behind(model: str) -> tuple[Path, Path, Scheme | None]:
-    """Return the unquantized model behind a base, the base's own directory, and its scheme."""
+    """Return the model behind a base, or the base itself where that is not known; its own directory; and its scheme."""
     base = open_checkpoint(model_directory(model))
     if not base.is_packed:
         return base.path, base.path, None
-    if base.config["quantization_config"].get("quant_method") != own.NAME:
+    schemes = packed_schemes(base)
+    if not schemes:
         raise CheckpointError(
-            f"{model}: packed in another layout than bitwright's, and nothing says what it was made from. Quantize "
-            "with --layout bitwright, or give the unquantized model."
+            f"{model}: packed in another layout than bitwright's and bitsandbytes', which no adapter merges into. "
+            "Train over a base that was quantized with --layout bitwright."
         )
     info = RunDirectory(base.path.absolute().parent).info
     if info is None or "recipe" not in info["asked"]:
-        raise RunError(
-            f"{model}: packed, and nothing says which model it was made from. Give the run of bitwright quantize, or "
-            "the unquantized model, as --base."
-        )
+        return base.path, base.path, Counter(schemes.values()).most_common(1)[0][0]
     original = open_checkpoint(info["asked"]["model"]).path
     return original, base.path, Recipe.from_mapping(info["asked"]["recipe"]).scheme
 

@@ -96,6 +96,10 @@ class Checkpoint:
         small = {_leaf(part): tensor for part, tensor in self.read_stored(says_shape).items()}
         return self._quantization.shape(name, shapes, small)
 
+    def file(self, name: str) -> Path:
+        """Where the dense tensor `name`, or the first part of it, is stored."""
+        return self.stored[self._parts[name][0] if name in self._parts else name].file
+
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of the dense tensor `name`."""
         return self._dtype_of(name) if name in self._parts else self.stored[name].dtype

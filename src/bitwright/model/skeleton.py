@@ -95,12 +95,12 @@ class Skeleton:
         return _trace_rows(self.model, parameter)
 
     def stored_tensors(self, parameter: str, value: Tensor) -> dict[str, Tensor]:
-        """Cut a parameter's value into the tensors that the checkpoint stores of it, on the CPU, in their dtypes.
+        """Cut a parameter's value into the dense tensors that the checkpoint has of it, on the CPU, in their dtypes.
 
         Raises:
             CheckpointError: the checkpoint stores it in a way that cannot be traced; see `stored_pieces`.
         """
-        stored, sources = self.checkpoint.stored, self.sources[parameter]
+        sources, dtype = self.sources[parameter], self.checkpoint.dtype
         if len(sources) == 1 and self.checkpoint.shape(sources[0]) == tuple(value.shape):
             pieces = {sources[0]: value}
         else:
@@ -108,7 +108,7 @@ class Skeleton:
                 name: (value if expert is None else value[expert])[first:end]
                 for name, expert, first, end in self.stored_pieces(parameter)
             }
-        return {name: piece.to("cpu", stored[name].dtype, copy=True).contiguous() for name, piece in pieces.items()}
+        return {name: piece.to("cpu", dtype(name), copy=True).contiguous() for name, piece in pieces.items()}
 
     def tied_names(self) -> set[str]:
         """Parameters that share another's storage and need no tensor of their own."""

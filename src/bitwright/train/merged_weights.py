@@ -25,7 +25,7 @@ def onto_base(model: nn.Module, original: StreamedModel) -> dict[str, Tensor]:
 
     Args:
         model: with adapters; unchanged.
-        original: the unquantized model, which says what is stored and how.
+        original: the unquantized model, or the packed base itself, which says what is stored and how.
     Raises:
         CheckpointError: an adapted weight is tied to another.
         RecipeError: a packed layer corrects its outputs.
