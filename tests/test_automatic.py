@@ -10,8 +10,11 @@ import torch
 
 from bitwright import automatic, pipeline
 from bitwright.errors import RecipeError, VerificationError
-from bitwright.recipe import Plan, Recipe
+from bitwright.preflight import estimate
+from bitwright.preparation import model_sites, open_model
+from bitwright.recipe import Plan, Recipe, resolve
 from bitwright.records import read_jsonl
+from bitwright.schemes import Scheme
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,15 @@ def test_a_run_killed_before_its_first_block_keeps_its_choice(
             pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
     monkeypatch.setattr(automatic, "_Chooser", None)
     assert pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed").resumed_blocks == 0
+
+
+def test_its_rival_and_its_samples_are_part_of_the_estimate(tiny_llama_dir: Path) -> None:
+    model = open_model(tiny_llama_dir, device="cpu", dtype="float32", trust_remote_code=False)
+    sites = model_sites(model)
+    plans = (resolve(Recipe(scheme=Scheme.parse("W4A16-g32"), method=method), sites) for method in ("gptaq", "auto"))
+    plain, auto = (estimate(model, sites, plan, 4, 2, 64, auto_blocks=2) for plan in plans)
+    assert auto.model_bytes == plain.model_bytes
+    assert auto.work_bytes >= plain.work_bytes + plain.model_bytes + 2 * 4 * 64 * 64 * 4
 
 
 def test_no_candidate_at_all_is_refused(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:

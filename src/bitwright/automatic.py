@@ -25,6 +25,7 @@ import torch
 from bitwright.errors import RecipeError, VerificationError
 from bitwright.evaluation.streamed import compare_heads, enter_all
 from bitwright.methods.composition import Composition, check_composition, compose, needs_own_layout
+from bitwright.methods.solvers import AUTO
 from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.activations import Activations, batch_slices
 from bitwright.model.layouts import own
@@ -37,7 +38,7 @@ from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
 from bitwright.walk import FISHER, GUIDED, Walk, needs_gradients, needs_teacher
 
-AUTO, BASELINE = "auto", "gptq"
+BASELINE = "gptq"
 CHOICE = "auto.json"
 HELD_OUT_FRACTION = 4
 """One of so many calibration windows judges the candidates."""

@@ -13,6 +13,7 @@ from bitwright.errors import ResourceError
 from bitwright.methods.composition import needs_of_site
 from bitwright.methods.gatherer import STATISTICS_BYTES
 from bitwright.methods.low_rank import LOW_RANK
+from bitwright.methods.solvers import AUTO
 from bitwright.methods.transforms import TRANSFORMS
 from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
@@ -60,8 +61,22 @@ def estimate(
     transforms: Iterable[str] = (),
     guided_groups: int = 0,
     rank: int = 0,
+    auto_blocks: int = 0,
 ) -> Estimate:
-    """Predict sizes from shapes alone; `transforms` of the whole model write one each, `rank` is that of addends."""
+    """Predict sizes from shapes alone.
+
+    Args:
+        model: the original.
+        sites: of it.
+        plan: what becomes of them.
+        num_windows: of calibration.
+        num_gate: windows of the gate's text.
+        seqlen: tokens of a window.
+        transforms: those of the whole model write one each.
+        guided_groups: groups of output channels with a Hessian of their own.
+        rank: of addends.
+        auto_blocks: on how many blocks method `auto` tries its candidates; its rival is a second model.
+    """
     stored = model.skeleton.checkpoint.stored
     quantized_bits = quantized_weights = replaced_bytes = 0
     for site in sites:
@@ -82,6 +97,8 @@ def estimate(
     # Every stream alternates between two files; others hold what finished parts of a block put out (see `replay`).
     num_hidden = 2 * (num_windows + 2 * num_gate) + num_windows + (2 * num_windows if needs_teacher(needs) else 0)
     num_hidden += num_windows if "cross" in needs else 0
+    is_auto = any(entry.method == AUTO for entry in plan.sites.values())
+    num_hidden = 2 * num_hidden + auto_blocks * num_windows if is_auto else num_hidden
     work = num_hidden * seqlen * hidden * model.dtype.itemsize
     if model.device.type == "cpu":
         widest = max((site.in_features for site in sites if plan.sites[site.name].scheme is not None), default=0)
@@ -90,9 +107,11 @@ def estimate(
     if "guided" in needs:
         work += 4 * guided_groups * num_windows * seqlen * len(plan.quantized)
     models = sum(TRANSFORMS[name].apply_model is not None for name in transforms)
+    written = model.skeleton.checkpoint.num_bytes - replaced_bytes + quantized_bits // 8
+    work_disk = work + models * (model.skeleton.checkpoint.num_bytes + _tied_bytes(model))
     return Estimate(
-        model_bytes=model.skeleton.checkpoint.num_bytes - replaced_bytes + quantized_bits // 8,
-        work_bytes=work + models * (model.skeleton.checkpoint.num_bytes + _tied_bytes(model)),
+        model_bytes=written,
+        work_bytes=work_disk + (written if is_auto else 0),
         memory_bytes=_memory(model, sites, plan, num_windows, seqlen) + work,
         quantized_bits_per_weight=quantized_bits / max(1, quantized_weights),
     )

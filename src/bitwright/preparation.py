@@ -191,6 +191,7 @@ def prepare(
     needed = estimate(
         model, sites, plan, num_windows, num_gate, seqlen,
         transforms=recipe.transforms, guided_groups=recipe.gptq.guided_groups, rank=recipe.low_rank.rank,
+        auto_blocks=recipe.auto.sample,
     )  # fmt: skip
     check(needed, run.path)
     calibration, gate = _texts(model, recipe, num_windows, num_gate, device, trust_remote_code, progress)

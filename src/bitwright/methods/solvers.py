@@ -242,9 +242,10 @@ SOLVERS.register(
 TRAINED_ELSEWHERE = "trained"
 # Never asked to solve: `GroupSolver` takes the codes from where training left them.
 SOLVERS.register(TRAINED_ELSEWHERE, Solver(about="codes that `bitwright train` has found; not for quantize"))
+AUTO = "auto"
 # Never asked to solve: `automatic` puts another solver in its place before any block is quantized.
 SOLVERS.register(
-    "auto",
+    AUTO,
     Solver(
         about="tries candidates on some blocks, picks per site, keeps gptq if nothing is better",
         needs=frozenset({"moments", "hessian", "teacher", "cross"}),
