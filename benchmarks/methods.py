@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA_FREE = str(ROOT / "recipes" / "data-free.yaml")
 EVERY = ("rtn", "gptq", "gptaq", "awq", "signround", "block_ap", "auto")
 BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "W2A16-g64": {
-        "W2A16-g64": EVERY, "W2A16-g64-asym": ("gptq", "gptaq", "block_ap"), "W2A16-g64-floatzero": (DATA_FREE,),
+        "W2A16-g64": EVERY, "W2A16-g64-asym": ("gptq", "gptaq", "block_ap"), "W2A16-g64-floatzero": ("hqq",),
     },
-    "W3A16-g128": {"W3A16-g128": EVERY, "W3A16-g128-asym": ("gptq", "block_ap"), "W3A16-g128-floatzero": (DATA_FREE,)},
+    "W3A16-g128": {"W3A16-g128": EVERY, "W3A16-g128-asym": ("gptq", "block_ap"), "W3A16-g128-floatzero": ("hqq",)},
     "W3A16-g64": {"W3A16-g64": EVERY, "W3A16-g64-asym": ("gptq", "gptaq", "block_ap")},
     "W4A16-g64": {"W4A16-g64": EVERY, "W4A16-g64-asym": ("gptq", "gptaq", "awq")},
     "W4A16-g128": {
         "W4A16-g128": (*EVERY, "awq+gptaq"), "W4A16-g128-asym": ("gptq", "gptaq", "awq"),
-        "W4A16-g128-floatzero": (DATA_FREE,),
+        "W4A16-g128-floatzero": ("hqq",),
     },
     "W8A8": {"W8A8": ("rtn", "gptq", "gptaq", "smoothquant", "smoothquant+gptq", "llm_int8")},
     "W4A16-g32": {

@@ -7,7 +7,7 @@ from typing import Any
 Row = dict[str, Any]
 OURS = "bitwright"
 SAME_METHOD = {
-    "rtn": "rtn", "gptq": "gptq", "awq": "awq", "data-free": "hqq", "smoothquant": "smoothquant",
+    "rtn": "rtn", "gptq": "gptq", "awq": "awq", "hqq": "hqq", "smoothquant": "smoothquant",
     "smoothquant+gptq": "smoothquant-gptq", "signround": "signround",
 }  # fmt: skip
 """Our method -> how the same method of a peer is called, before what says its variant (-asym, -v2 …)."""

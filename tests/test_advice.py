@@ -98,7 +98,7 @@ def test_methods_exist_and_need_text_only_where_there_is_some(scheme: str, data:
     method, reason = method_for(scheme, data)  # type: ignore[arg-type]
     compose(method)
     assert reason
-    assert data != "none" or method in ("rtn", "hqq")
+    assert data != "none" or method == "rtn"
 
 
 MOE = {
