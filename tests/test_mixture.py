@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from bitwright.budget import Budget
+from bitwright.budget import Budget, parse_size
 from bitwright.errors import RecipeError, RunError, ShapeError
 from bitwright.escalation import Rung, apply
 from bitwright.mixture import Search
@@ -141,8 +141,8 @@ def test_an_impossible_budget_says_what_binds_and_what_can_be_reached(make: Make
         make(size_bytes=90_000, average_bits=9.0).run(rounds=0)
     assert "--average-bits" not in str(raised.value)
     assert not (tmp_path / "search" / "scores").exists()  # nothing was measured
-    least = round(1e6 * float(str(raised.value).split(" would have to be ")[1].split()[0]))
-    assert make(size_bytes=least + 2000).run(rounds=0).size_bytes <= least + 2000
+    least = parse_size(str(raised.value).split(" would have to be ")[1].split(". ")[0], "--size")
+    assert make(size_bytes=least).run(rounds=0).size_bytes <= least  # what was said is enough
 
 
 def test_files_are_no_larger_than_asked_with_their_headers(
@@ -349,6 +349,32 @@ def test_what_a_rule_fixes_does_not_climb(make: Make, tmp_path: Path) -> None:
     assert {
         (str(entry.scheme), entry.method, entry.repairs) for name, entry in plan.items() if name.endswith("down_proj")
     } == {("W2A16-g32", "rtn", ("bias",))}
+
+
+def test_what_a_rule_fixes_of_a_fused_product_keeps_the_others_too(make: Make, tmp_path: Path) -> None:
+    rule = Rule(pattern="*.k_proj", scheme=Scheme.parse("W2A16-g32"))
+    search, recipes = make(Recipe(rules=(rule,)), average_bits=9.0, max_kl=0.1), list[Recipe]()
+    found = search.run(rounds=0)
+    apply(search, found, found.recipe(search.recipe), tmp_path, judged([1.0], recipes), repair=True)
+    plan = resolve(recipes[-1], search.sites).sites
+    assert {str(plan[name].scheme) for name in plan if name.endswith(("q_proj", "k_proj", "v_proj"))} == {"W2A16-g32"}
+
+
+def test_only_the_best_round_keeps_its_weights(
+    make: Make, recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    search, held = make(recipe, average_bits=3.6), list[int]()
+    coarse = replace(search.run(rounds=0), schemes=dict.fromkeys((site.name for site in search.sites), "W2A16-g32"))
+    search.budget = replace(search.budget, max_kl=1e-9)
+
+    def watched(recipe: Recipe, folder: Path) -> QuantizeResult:
+        held.append(len([run for run in folder.parent.glob("round-*") if [*run.glob("4-model/*.safetensors")]]))
+        return quantize(tiny_llama_dir, recipe, folder)
+
+    done = apply(search, coarse, coarse.recipe(recipe), tmp_path / "out", watched, repair=True)
+    assert len(held) > 2
+    assert max(held) == 1
+    assert [*(done.result.run / "4-model").glob("*.safetensors")]
 
 
 def test_a_low_rank_addend_needs_room(make: Make) -> None:

@@ -19,8 +19,9 @@ search in the chosen run says what was asked.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +35,20 @@ from bitwright.recipe import Recipe, Rule, pattern_of, resolve, rule_of
 from bitwright.records import append_jsonl, read_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
+from bitwright.search.rungs import Rung, above, finer_groups
 
-METHODS = ("rtn", "gptq", "gptaq")
-GROUP_SIZES = (128, 64, 32)
 SHARE_PER_ROUND = 0.1
 """Of the items: so many climb before the model is quantized again."""
 SMALL_ROUNDS = 4
 """Of that share; with each one more it doubles, so that a gate far away does not take days."""
 CHOSEN = "run"
 """Folder of the run that is left in the end."""
+REPLACED = "round-replaced"
+"""Where a run of another search is until it is removed, as all rounds are."""
 SEARCH, REPAIR = "search", "repair"
 """Kinds of records."""
 
 Quantize = Callable[[Recipe, Path], QuantizeResult]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rung:
-    """How an item is quantized."""
-
-    scheme: str | None
-    method: str
-    low_rank: bool = False
-
-    def __str__(self) -> str:
-        addend = f"+{LOW_RANK}" if self.low_rank else ""
-        return "16 bit" if self.scheme is None else f"{self.scheme} {self.method}{addend}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +137,8 @@ def apply(
         raise RunError(
             f"{folder / CHOSEN}: belongs to another search. Choose another --out, or --fresh to replace that run."
         )
+    if fresh:
+        _remove_rounds(folder)
     rounds, remark = _rounds(search, found, recipe, folder / f"round-{asked[:8]}", quantize, repair=repair)
     best = min(rounds, key=lambda each: each.gap)
     failure = None if best.gap <= 1 else f"{_lost_too_much(search, best.result)}{remark}"
@@ -177,7 +168,7 @@ def _rounds(
         return rounds, ". Leave out --no-repair, raise a limit, or offer larger schemes."
     if rounds[0].gap <= 1:
         return rounds, ""
-    with search.measuring(extra=_finer_groups(search.menu)) as measure:
+    with search.measuring(extra=finer_groups(search.menu)) as measure:
         while rounds[-1].gap > 1:
             last, number = rounds[-1], len(rounds)
             share = SHARE_PER_ROUND * 2 ** max(0, number - SMALL_ROUNDS)
@@ -195,7 +186,16 @@ def _rounds(
                 for sites, before, after, loss in climbed
             )  # fmt: skip
             rounds.append(replace(better, steps=(*last.steps, *steps)))
+            _drop_weights(rounds)
     return rounds, ""
+
+
+def _drop_weights(rounds: Sequence[_Round]) -> None:
+    """Leave the weights of the best round alone; a resumed command needs no more than the records of the others."""
+    best = min(rounds, key=lambda each: each.gap)
+    for other in rounds:
+        for file in RunDirectory(other.result.run).model.glob("*.safetensors") if other is not best else ():
+            file.unlink()
 
 
 def _identity(search: Search, found: Found, recipe: Recipe, *, repair: bool) -> str:
@@ -205,6 +205,8 @@ def _identity(search: Search, found: Found, recipe: Recipe, *, repair: bool) -> 
         "model": model.skeleton.checkpoint.audit(), "calibration": hash_tokens(search.calibration),
         "device": model.device.type, "dtype": str(model.dtype), "schemes": dict(found.schemes), "menu": search.menu,
         "recipe": recipe.to_mapping(), "budget": _described(search), "repair": repair,
+        "windows": search.num_windows, "sets": [[site.name for site in sites] for sites in search.sets],
+        "versions": [metadata.version(package) for package in ("bitwright", "torch", "transformers")],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -240,8 +242,8 @@ def _finish(search: Search, summary: Mapping[str, Any], folder: Path, best: Path
     if _summary_of(read_jsonl(records), summary["asked"]) is None:
         append_jsonl(records, *_sensitivities(search), *(step.to_record() for step in steps), summary)
     run = folder / CHOSEN
-    if run.exists():
-        shutil.rmtree(run)
+    if run.exists():  # in one step, so that no half of it is ever in its place
+        run.rename(folder / REPLACED)
     best.rename(run)
     _remove_rounds(folder)
 
@@ -305,11 +307,8 @@ def _climb(
         share: of the items, at most so many.
     """
     schemes = {site: rung.scheme for site, rung in rungs.items()}
-    quantized = [
-        sites for sites in search.sets
-        if schemes[sites[0].name] is not None and len(search.allowed[sites[0].name]) > 1
-    ]  # fmt: skip
-    names = [tuple(site.name for site in sites) for sites in quantized]
+    choices = {tuple(site.name for site in sites): search.common(sites) for sites in search.sets}
+    names = [sites for sites, common in choices.items() if schemes[sites[0]] is not None and len(common) > 1]
     without = [{**schemes, **dict.fromkeys(each, None)} for each in names]
     whole, *others = measure([schemes, *without])
     addends = {site for site, rung in rungs.items() if rung.low_rank}
@@ -320,7 +319,7 @@ def _climb(
             break
         before = rungs[sites[0]]
         is_smaller = search.size_bytes(sites, before.scheme, addend=True) < search.size_bytes(sites, None)
-        for after in _above(before, search.menu, with_addend=holds_addends and is_smaller):
+        for after in above(before, choices[sites], with_addend=holds_addends and is_smaller):
             trial = {**schemes, **dict.fromkeys(sites, after.scheme)}
             with_these = addends.union(sites if after.low_rank else ())
             if _fits(search, trial, with_these):
@@ -328,39 +327,6 @@ def _climb(
                 schemes, addends = trial, with_these
                 break
     return climbed
-
-
-def _above(rung: Rung, menu: Sequence[str], *, with_addend: bool) -> Iterator[Rung]:
-    """The rungs above one, nearest first."""
-    if rung.scheme is None:
-        return
-    if rung.method in METHODS[:-1]:
-        yield replace(rung, method=METHODS[METHODS.index(rung.method) + 1])
-    scheme = Scheme.parse(rung.scheme)
-    for size in GROUP_SIZES:
-        finer = _with_group(scheme, size)
-        if finer is not None:
-            yield replace(rung, scheme=finer)
-    bits = scheme.weights.format.bits
-    for name in sorted(menu, key=lambda name: Scheme.parse(name).weights.format.bits):
-        if Scheme.parse(name).weights.format.bits > bits:
-            yield replace(rung, scheme=name)
-    if with_addend and not rung.low_rank:
-        yield replace(rung, low_rank=True)
-    yield replace(rung, scheme=None)
-
-
-def _with_group(scheme: Scheme, size: int) -> str | None:
-    """The scheme with smaller groups; None where its groups are as small already, or it has none."""
-    granularity = scheme.weights.granularity
-    if granularity.kind != "group" or granularity.group_size is None or granularity.group_size <= size:
-        return None
-    return str(scheme.with_granularity(replace(granularity, group_size=size)))
-
-
-def _finer_groups(menu: Sequence[str]) -> tuple[str, ...]:
-    found = (_with_group(Scheme.parse(name), size) for name in menu for size in GROUP_SIZES)
-    return tuple(dict.fromkeys(name for name in found if name is not None and name not in menu))
 
 
 def _fits(search: Search, schemes: Mapping[str, str | None], addends: Collection[str]) -> bool:

@@ -44,8 +44,8 @@ from bitwright.search.permitted import permitted
 from bitwright.search.polish import polish
 from bitwright.search.rivals import faithful_rivals, small_rivals
 from bitwright.search.sensitivity import Sensitivity, circumstances, measure_sensitivity
-from bitwright.search.site_costs import SiteCosts
 from bitwright.search.stored_size import exported_bytes
+from bitwright.site_costs import SiteCosts
 
 SCORE = "window_gradient"
 NUM_FRONTIER = 40
@@ -171,14 +171,15 @@ class Search:
         with self.measuring() as measure:
             found = self._find(items, measure, rounds=rounds, offspring=offspring, seed=seed)
             while self.budget.size_bytes is not None and found.size_bytes > self.budget.size_bytes:
-                self._header_bytes = self.costs.longer_headers(found.schemes)  # which no sum over sites knows
+                longer = self.costs.longer_headers(found.schemes)  # which no sum over sites knows
+                self._header_bytes = max(longer, self._header_bytes + 1)
                 found = self._find(items, measure, rounds=rounds, offspring=offspring, seed=seed)
         return found
 
     def _check_costs(self) -> None:
         """Raises RecipeError where limits on cost cannot be kept, in their units and before anything is measured."""
         costs = self.costs
-        free = [self._item(each, [costs.choice(each, scheme) for scheme in self._common(each)]) for each in self.sets]
+        free = [self._item(each, [costs.choice(each, scheme) for scheme in self.common(each)]) for each in self.sets]
         if self.budget.size_bytes is not None:
             self._header_bytes = costs.longer_headers(allocate(free, objective="size").schemes)
         self._allocate(free, "size", self.costs.limits())
@@ -242,7 +243,7 @@ class Search:
                 members,
                 [
                     replace(self.costs.choice(members, scheme), loss=_loss(members, scheme, sensitivity))
-                    for scheme in self._common(members)
+                    for scheme in self.common(members)
                 ],
             )
             for members in self.sets
@@ -251,8 +252,12 @@ class Search:
     def _item(self, members: Sequence[Site], choices: Sequence[Choice]) -> Item:
         return Item(name=members[0].name, sites=tuple(site.name for site in members), choices=tuple(choices))
 
-    def _common(self, members: Sequence[Site]) -> list[str | None]:
-        """The schemes that all of a set may have."""
+    def common(self, members: Sequence[Site]) -> list[str | None]:
+        """The schemes that all of a set may have.
+
+        Raises:
+            RecipeError: none.
+        """
         common = [s for s in self.allowed[members[0].name] if all(s in self.allowed[m.name] for m in members)]
         if not common:
             raise RecipeError(

@@ -111,7 +111,7 @@ class RunDirectory:
             self._take_lock()
             self.check_place()
             self.check(fingerprint, fresh=fresh)
-            if fresh or not (self.is_complete or (self.info or {}).get("cleared")):
+            if fresh or not (self.is_complete or (self.info or {}).get("cleared", bool(self.journal()))):
                 mine = {"fingerprint": fingerprint, "asked": asked, "complete": False}
                 write_json_atomic(self.path / RUN_FILE, mine | {"cleared": False})
                 self._clear()

@@ -1,5 +1,6 @@
 """What sites cost in each scheme, what a budget leaves for them, and in the budget's own units what they would need."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,9 @@ from bitwright.search.allocate import Choice, Infeasible, Limits
 from bitwright.search.cost import memory, resident_bytes, site_latency, speed
 from bitwright.search.model_shape import ModelShape
 from bitwright.search.stored_size import exported_bytes, site_bytes
+
+ROUNDED = 1e-3
+"""A speed that is said to be possible is lower by this share, so that its four digits are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,11 +108,12 @@ class SiteCosts:
                 if budget.size_bytes is not None and size > budget.size_bytes:
                     texts.append(f"--size {_mb(budget.size_bytes)} would have to be {_mb(size)}")
                 if budget.average_bits is not None and bits > budget.average_bits:
-                    texts.append(f"--average-bits {budget.average_bits:g} would have to be {bits:.3f}")
+                    enough = math.ceil(1e3 * bits) / 1e3
+                    texts.append(f"--average-bits {budget.average_bits:g} would have to be {enough:.3f}")
             elif resource == "memory_bytes" and budget.fit_bytes is not None:
                 texts.append(f"--fit {_mb(budget.fit_bytes)} would have to be {_mb(least + self._other_memory)}")
             elif resource == "latency_s" and budget.min_tokens_per_s is not None:
-                reached = budget.work.batch / (least + self._other_seconds)
+                reached = budget.work.batch / (least + self._other_seconds) * (1 - ROUNDED)
                 texts.append(f"--min-tokens-per-s {budget.min_tokens_per_s:g} would have to be {reached:.4g}")
         return texts
 
@@ -141,4 +146,5 @@ class SiteCosts:
 
 
 def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:,.3f} MB"
+    """As `--size` takes it, and enough."""
+    return f"{math.ceil(num_bytes / 1e3) / 1e3:.3f} MB"
