@@ -12,10 +12,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from bitwright.errors import RecipeError, VerificationError
 from bitwright.evaluation.score import Score
+from bitwright.model.whole import load_whole
 from bitwright.preparation import check_device
 from bitwright.progress import Progress, no_progress
 from bitwright.records import Environment, append_jsonl
@@ -171,10 +171,10 @@ def read_text(text: DrawnText, run: RunDirectory, processes: Processes, progress
 def load_in_memory(model: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> nn.Module:
     """Load a whole model, as training needs it."""
     adopts = is_from_bitsandbytes(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = load_whole(model, dtype=dtype, trust_remote_code=trust_remote_code)
     if adopts:
-        adopt_layers(cast(nn.Module, loaded))
-    return cast(nn.Module, cast(Any, loaded).to(device))
+        adopt_layers(loaded)
+    return loaded.to(device)
 
 
 def write_training_records(run: RunDirectory, results: Mapping[str, Any]) -> None:

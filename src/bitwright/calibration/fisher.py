@@ -8,15 +8,15 @@ Reference: arXiv:2306.07629 (SqueezeLLM), section 3: k-means weighted by the dia
 """
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from bitwright.errors import ResourceError, VerificationError
 from bitwright.model.checkpoint import Checkpoint
+from bitwright.model.whole import load_whole
 from bitwright.progress import Progress
 
 COPIES = 3
@@ -43,10 +43,7 @@ def fisher_information(
         VerificationError: a gradient is not finite.
     """
     _require_memory(checkpoint)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
-    model = cast(Any, loaded).to(device).eval()
+    model = load_whole(checkpoint.path, dtype=torch.float32, trust_remote_code=trust_remote_code).to(device).eval()
     wanted = {name: cast(Tensor, model.get_parameter(name)) for name in parameters}
     model.requires_grad_(False)
     for parameter in wanted.values():

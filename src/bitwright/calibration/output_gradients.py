@@ -20,11 +20,11 @@ import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from bitwright.errors import ResourceError, StructureError, VerificationError
 from bitwright.model.checkpoint import Checkpoint
 from bitwright.model.sites import Site
+from bitwright.model.whole import load_whole
 from bitwright.progress import Progress
 
 ACTIVATION_COPIES = 40
@@ -62,10 +62,7 @@ def output_gradients(
         VerificationError: a gradient is not finite.
     """
     _require_memory(checkpoint, windows.shape[1])
-    loaded = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
-    model = cast(Any, loaded).to(device).eval()
+    model: Any = load_whole(checkpoint.path, dtype=torch.float32, trust_remote_code=trust_remote_code).to(device).eval()
     model.requires_grad_(False)
     squares: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     for site in sites:

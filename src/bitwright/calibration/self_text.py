@@ -15,11 +15,12 @@ import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from bitwright.errors import ResourceError
 from bitwright.model.checkpoint import Checkpoint
 from bitwright.model.tensor_file import save_tensors_atomic
+from bitwright.model.whole import load_whole
 from bitwright.progress import Progress, no_progress
 
 WINDOWS_PER_BATCH = 32
@@ -88,8 +89,7 @@ def _load(checkpoint: Checkpoint, device: str, trust_remote_code: bool) -> Any:
             f"text that the model writes itself needs the whole model in memory: {checkpoint.num_bytes / 1e9:.1f} GB "
             f"of weights, {available / 1e9:.1f} GB available. Give a text instead of self."
         )
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", trust_remote_code=trust_remote_code)
-    return cast(Any, model).to(device).eval()
+    return load_whole(checkpoint.path, dtype="auto", trust_remote_code=trust_remote_code).to(device).eval()
 
 
 def _write(

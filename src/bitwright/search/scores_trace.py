@@ -12,11 +12,11 @@ from typing import Any, cast
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from bitwright.errors import ResourceError
 from bitwright.model.checkpoint import Checkpoint
 from bitwright.model.sites import Site
+from bitwright.model.whole import load_whole
 from bitwright.search.question import Question
 from bitwright.search.score_cache import ScoreCache
 
@@ -45,14 +45,14 @@ def hessian_traces(question: Question) -> dict[str, float]:
 def _measure(question: Question, cache: ScoreCache, probes: list[int]) -> None:
     skeleton = question.model.skeleton
     _require_memory(skeleton.checkpoint)
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded = load_whole(
         skeleton.checkpoint.path,
         dtype=torch.float32,
         attn_implementation="eager",  # others cannot be differentiated twice
         experts_implementation="eager",
         trust_remote_code=skeleton.trust_remote_code,
     )
-    model = cast(Any, loaded).to(question.model.device).eval()
+    model = loaded.to(question.model.device).eval()
     model.requires_grad_(False)
     parameters = {name: cast(Tensor, model.get_parameter(name)) for name in _parameters(question.sites)}
     for parameter in parameters.values():
