@@ -2,13 +2,21 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 TINY_VOCABULARY = 320
 TINY_CONTEXT = 128
@@ -62,48 +70,30 @@ def tiny_tokenizer(tiny_text: str) -> PreTrainedTokenizerFast:
     )
 
 
+TINY_SHAPE: dict[str, Any] = {
+    "vocab_size": TINY_VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": TINY_CONTEXT, "bos_token_id": 0, "eos_token_id": 1,
+    "dtype": "float32",
+}  # fmt: skip
+
+
+def _saved(kind: Any, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """A random model of a kind and its tokenizer as a Hugging Face directory."""
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random float32 Llama (2 blocks, hidden 64, FFN 128, 4 heads over 2) as a Hugging Face directory; read only."""
-    config = LlamaConfig(
-        vocab_size=TINY_VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=TINY_CONTEXT,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        dtype="float32",
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    config = LlamaConfig(**TINY_SHAPE, intermediate_size=128, tie_word_embeddings=False)
+    return _saved(LlamaForCausalLM, config, tiny_tokenizer, tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_moe_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral (2 blocks of 2 experts, which are slices of 3-D parameters) as a directory; read only."""
-    config = MixtralConfig(
-        vocab_size=TINY_VOCABULARY,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        max_position_embeddings=TINY_CONTEXT,
-        bos_token_id=0,
-        eos_token_id=1,
-        dtype="float32",
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny-moe"
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    config = MixtralConfig(**TINY_SHAPE, intermediate_size=64, num_local_experts=2, num_experts_per_tok=1)
+    return _saved(MixtralForCausalLM, config, tiny_tokenizer, tmp_path_factory.mktemp("models") / "tiny-moe")

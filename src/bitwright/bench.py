@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,9 @@ from bitwright.preparation import (
 )
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Calibration, Recipe
-from bitwright.records import write_json_atomic, write_text_atomic
+from bitwright.records import deciding_versions, write_json_atomic, write_text_atomic
 from bitwright.reports.bench_page import bench_markdown, write_bench_page
 from bitwright.worker_process import run_worker
-
-PACKAGES = ("bitwright", "torch", "transformers")
 
 Launch = Callable[[Path, Progress], str | None]
 """Measures the cell of a record file and finishes the record; returns why it could not."""
@@ -125,7 +122,7 @@ def run_bench(
     shared = {
         "model": str(model), "text": text, "context": length, "windows": max_windows,
         "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code,
-        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "versions": deciding_versions(),
     }  # fmt: skip
     every = evaluation_windows(opened, {**shared, "windows": None})
     hashes = _check_texts(opened, [c.recipe for c in cells if c.recipe and c.slug not in refusals], every, shared)

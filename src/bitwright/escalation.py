@@ -21,7 +21,6 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from bitwright.mixture import Found, Measure, Search
 from bitwright.model.layouts import own
 from bitwright.pipeline import QuantizeResult
 from bitwright.recipe import Recipe, Rule, pattern_of, resolve, rule_of
-from bitwright.records import append_jsonl, read_jsonl
+from bitwright.records import append_jsonl, deciding_versions, read_jsonl
 from bitwright.runs import RunDirectory
 from bitwright.schemes import Scheme
 from bitwright.search.rungs import Rung, above, finer_groups
@@ -206,7 +205,7 @@ def _identity(search: Search, found: Found, recipe: Recipe, *, repair: bool) -> 
         "device": model.device.type, "dtype": str(model.dtype), "schemes": dict(found.schemes), "menu": search.menu,
         "recipe": recipe.to_mapping(), "budget": _described(search), "repair": repair,
         "windows": search.num_windows, "sets": [[site.name for site in sites] for sites in search.sets],
-        "versions": [metadata.version(package) for package in ("bitwright", "torch", "transformers")],
+        "versions": deciding_versions(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

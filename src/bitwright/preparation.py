@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bitwright.model.stream import StreamedModel
 from bitwright.preflight import Estimate, check, estimate
 from bitwright.progress import Progress
 from bitwright.recipe import Layout, Plan, Recipe, resolve
+from bitwright.records import deciding_versions
 from bitwright.runs import RunDirectory
 
 GATE_TOKENS = 2048
@@ -196,9 +196,8 @@ def prepare(
     check(needed, run.path)
     calibration, gate = _texts(model, recipe, num_windows, num_gate, device, trust_remote_code, progress)
     data_hash = hash_tokens(torch.cat([calibration, gate]))
-    versions = [metadata.version(package) for package in ("bitwright", "torch", "transformers")]
-    parts = [recipe.hash(), model_hash, data_hash, trained, dtype, torch.device(device).type, *versions]
-    fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    parts = [recipe.hash(), model_hash, data_hash, trained, dtype, torch.device(device).type]
+    fingerprint = hashlib.sha256(" ".join([*parts, *deciding_versions().values()]).encode()).hexdigest()
     run.check(fingerprint, fresh=fresh)
     return Job(
         model=model, recipe=recipe, sites=sites, plan=plan, layouts=layouts, calibration=calibration, gate=gate,

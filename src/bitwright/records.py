@@ -16,10 +16,9 @@ from typing import Any, cast
 
 from bitwright.errors import ResourceError, RunError, VerificationError
 
+DECIDING = ("bitwright", "torch", "transformers")
 PACKAGES = (
-    "bitwright",
-    "torch",
-    "transformers",
+    *DECIDING,
     "tokenizers",
     "safetensors",
     "compressed-tensors",
@@ -150,6 +149,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise RunError(f"{path}:{number}: not a JSON record. The file was changed by hand or damaged; run again.")
         records.append(cast(dict[str, Any], record))
     return records
+
+
+def deciding_versions() -> dict[str, str]:
+    """Versions of the packages on which results depend to the last bit: package -> version."""
+    return {name: importlib.metadata.version(name) for name in DECIDING}
 
 
 def write_text_atomic(path: Path, text: str) -> None:

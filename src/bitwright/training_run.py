@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,7 +17,7 @@ from bitwright.evaluation.score import Score
 from bitwright.model.whole import load_whole
 from bitwright.preparation import check_device
 from bitwright.progress import Progress, no_progress
-from bitwright.records import Environment, append_jsonl
+from bitwright.records import Environment, append_jsonl, deciding_versions
 from bitwright.runs import RunDirectory
 from bitwright.strict_yaml import to_plain
 from bitwright.train.engine import require_packages
@@ -30,7 +29,6 @@ from bitwright.training_text import DrawnText
 TRAINING, LOSSES, BASE = "training", "losses.jsonl", "0-base"
 UNGATED = 1e9
 """A gate, in nats per token, for runs that are judged otherwise."""
-PACKAGES = ("bitwright", "torch", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +107,7 @@ def carry_out(
         RunError: the folder belongs to another run.
         VerificationError: what the work has found is wrong; the run says so.
     """
-    asked = {**asked, "processes": processes.count, "versions": {name: metadata.version(name) for name in PACKAGES}}
+    asked = {**asked, "processes": processes.count, "versions": deciding_versions()}
     fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     run.check(fingerprint, fresh=fresh)
     if fresh or not run.is_complete:

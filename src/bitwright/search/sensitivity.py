@@ -14,7 +14,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bitwright.model.sites import Site
 from bitwright.model.stream import StreamedModel
 from bitwright.progress import Progress, no_progress
 from bitwright.recipe import Recipe
+from bitwright.records import deciding_versions
 from bitwright.schemes import Scheme
 from bitwright.search.question import (
     LAYER_SCORES,
@@ -197,6 +197,5 @@ def _answer(question: Question, scores: Sequence[str]) -> dict[str, dict[str, di
 
 def circumstances(model_hash: str, data_hash: str, recipe: Recipe, seed: int, device: str) -> str:
     """Name all that determines a score or a measured loss, but for sites, schemes, target and score."""
-    versions = [metadata.version(package) for package in ("bitwright", "torch", "transformers")]
-    parts = [model_hash, data_hash, recipe.range_method, recipe.ragged, seed, device, *versions]
+    parts = [model_hash, data_hash, recipe.range_method, recipe.ragged, seed, device, *deciding_versions().values()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
