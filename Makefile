@@ -37,6 +37,8 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/memory.py
 
-# Builds an environment for every peer under build/peers first: some 10 GB and, for llama.cpp, a compiler.
+# Every method of ours and of every peer, into benchmarks/results: hours. It resumes when it is killed. It first builds
+# an environment for each peer under build/peers: some 10 GB and, for llama.cpp, a compiler. BENCH names another model:
+# make bench-peers BENCH="--name mine --model DIR --calibration TEXT --text TEXT"
 bench-peers: setup
-	$(BIN)/python benchmarks/peers/run.py
+	$(BIN)/python benchmarks/methods.py --name demo-model $(BENCH)

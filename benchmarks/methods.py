@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = ("rtn", "gptq", "gptaq", "awq", "signround", "block_ap", "auto")
+EVERY = ("rtn", "gptq", "gptaq", "guided", "awq", "rotation+gptaq", "signround", "block_ap", "auto")
 BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "W2A16-g64": {
         "W2A16-g64": EVERY, "W2A16-g64-asym": ("gptq", "gptaq", "block_ap"), "W2A16-g64-floatzero": ("hqq",),
@@ -30,10 +30,8 @@ BUDGETS: dict[str, dict[str, tuple[str, ...]]] = {
         "W4A16-g128": (*EVERY, "awq+gptaq"), "W4A16-g128-asym": ("gptq", "gptaq", "awq"),
         "W4A16-g128-floatzero": ("hqq",),
     },
-    "W8A8": {"W8A8": ("rtn", "gptq", "gptaq", "smoothquant", "smoothquant+gptq", "llm_int8")},
-    "W4A16-g32": {
-        "W4A16-g32": ("rtn", "gptq", "gptaq", "awq", "signround", "auto"), "W4A16-g32-asym": ("gptq", "gptaq", "awq"),
-    },
+    "W8A8": {"W8A8": ("rtn", "gptq", "gptaq", "smoothquant", "smoothquant+gptq", "llm_int8", "auto")},
+    "W4A16-g32": {"W4A16-g32": EVERY, "W4A16-g32-asym": ("gptq", "gptaq", "awq")},
     "W8A16": {"W8A16-g32": ("rtn", "gptq"), "W8A16": ("rtn", "gptq")},
 }  # fmt: skip
 """What peers call a budget -> the schemes of ours that belong to it -> the methods that each is measured with."""

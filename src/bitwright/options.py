@@ -130,6 +130,8 @@ class SignRoundOptions:
         drop: share of the largest output errors that the loss leaves out (SignRound V2).
         importance: start on ranges searched under mean square inputs (SignRound V2), not on ranges that cover all.
         start: whose codes to start from.
+        autocast: compute the block's products in bfloat16 while training; None: where the device has instructions for
+            them. Losses that decide are measured without.
     """
 
     preset: Preset = "default"
@@ -139,6 +141,7 @@ class SignRoundOptions:
     drop: float = 0.001
     importance: bool = True
     start: Start = "gptq"
+    autocast: bool | None = None
 
     def __post_init__(self) -> None:
         good = self.iterations is None or self.iterations >= 0
@@ -164,6 +167,7 @@ class BlockApOptions:
         weight_travel: how far a weight can move in all, in steps of its grid.
         scale_travel: how far scales (relative to themselves) and zero points (in codes) can.
         start: whose codes to start from.
+        autocast: as for learned rounding.
     """
 
     epochs: int = 8
@@ -171,6 +175,7 @@ class BlockApOptions:
     weight_travel: float = 1.0
     scale_travel: float = 0.1
     start: Start = "gptq"
+    autocast: bool | None = None
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "block_ap.epochs", self.epochs, "at least 0")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bitwright import pipeline
@@ -154,6 +155,34 @@ def test_the_loss_never_rises_whatever_the_model(
     difference = finished[0].output - finished[1].hidden
     # Sums of floats here and of integers there differ in their last digits, which may flip the code of an input or two.
     assert float(difference.norm()) < 1e-3 * float(finished[1].hidden.norm()), "trained on what inference computes"
+
+
+@METHODS
+def test_bfloat16_speeds_up_steps_but_judges_nothing(
+    method: str, text: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", tmp_path / "model", tiny_tokenizer)
+    seen: set[torch.dtype] = set()
+    silu = functional.silu
+
+    def watched(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        if x.requires_grad:
+            seen.add(x.dtype)
+        return silu(x, *rest, **named)
+
+    monkeypatch.setattr(functional, "silu", watched)
+    found: dict[bool, list[Finished]] = {}
+    for autocast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        seen.clear()
+        recipe = trained_recipe(text, "W3A16-g16", method, **{method: {**QUICK[method], "autocast": autocast}})
+        with monkeypatch.context() as patch:
+            found[autocast] = run_and_look(patch, model, recipe, tmp_path / f"run-{autocast}")
+        assert seen == {dtype}
+    for plain, fast in zip(found[False], found[True], strict=True):
+        assert fast.training.losses[0] == pytest.approx(plain.training.losses[0], rel=0.2)  # of the quantized prefix
+        assert min(fast.training.losses) == pytest.approx(min(plain.training.losses), rel=0.2)
+        assert fast.output.dtype == torch.float32
+    assert found[True][0].training.losses[0] == found[False][0].training.losses[0]
 
 
 @pytest.mark.parametrize(("method", "start"), [("signround", "rtn"), ("signround", "gptq"), ("block_ap", "gptq")])

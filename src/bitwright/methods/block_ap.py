@@ -49,7 +49,7 @@ def block_ap(stage: BlockStage, tasks: list[BlockTask]) -> dict[str, QTensor]:
     sites = {
         task.site.name: LearnedWeight(start_weight(task, options.start, stage.recipe.gptq), task.grid) for task in tasks
     }
-    training = Training(block, sites)
+    training = Training(block, sites, autocast=options.autocast)
     training.measure()
     _train(training, options)
     return training.finish("block_ap")

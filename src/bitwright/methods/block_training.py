@@ -23,6 +23,7 @@ from bitwright.methods.trained_grid import TrainedGrid
 from bitwright.model.products import Product, ReplacedProducts
 from bitwright.model.sites import Site, StorageKey, storage_key, weight_view
 from bitwright.numerics.inputs import InputQuantizer
+from bitwright.numerics.linalg import multiplies_bfloat16
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.ste import straight_through
 from bitwright.options import GptqOptions, Start
@@ -128,10 +129,12 @@ class Training(Generic[LearnedT]):
     Args:
         block: what is trained.
         sites: site name -> its parameters.
+        autocast: whether steps compute products in bfloat16; None: where the device has instructions for them.
     """
 
-    def __init__(self, block: TrainedBlock, sites: Mapping[str, LearnedT]) -> None:
+    def __init__(self, block: TrainedBlock, sites: Mapping[str, LearnedT], *, autocast: bool | None) -> None:
         self.block, self.sites = block, sites
+        self.autocast = multiplies_bfloat16(block.stage.model.device) if autocast is None else autocast
         self.losses: list[float] = []
         self._best: dict[str, QTensor] = {}
 
@@ -145,8 +148,10 @@ class Training(Generic[LearnedT]):
         return self.block.batches(size, self.block.stage.generator())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the block's output [B, T, D] with the weights as they are now."""
-        return self.block.forward(hidden, {name: each.values() for name, each in self.sites.items()})
+        """Return the block's output [B, T, D] with the weights as they are now, for a step of training."""
+        weights = {name: each.values() for name, each in self.sites.items()}
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.block.forward(hidden, weights)
 
     def measure(self) -> None:
         """Measure the loss of the codes as they are now on all windows, and keep them if it is the lowest so far."""
@@ -162,7 +167,7 @@ class Training(Generic[LearnedT]):
 
     def finish(self, method: str) -> dict[str, QTensor]:
         """Leave a note for the records and return the best codes and grids."""
-        self.block.stage.notes.append({"method": method, "losses": self.losses})
+        self.block.stage.notes.append({"method": method, "losses": self.losses, "autocast": self.autocast})
         return self._best
 
 

@@ -43,7 +43,7 @@ def signround(stage: BlockStage, tasks: list[BlockTask]) -> dict[str, QTensor]:
     Reference:
         SignRound, arXiv:2309.05516, and V2, arXiv:2512.04746 (AutoRound). Differs: starts from GPTQ's codes, which lie
         farther from the nearest ones than an offset reaches; both ends of the run are measured on all windows, instead
-        of keeping the best mini-batch.
+        of keeping the best mini-batch. Steps shrink to 0, so that what lies between was never the best of a run.
     """
     options = stage.recipe.signround
     if not options.importance:
@@ -53,7 +53,7 @@ def signround(stage: BlockStage, tasks: list[BlockTask]) -> dict[str, QTensor]:
         task.site.name: LearnedRounding(start_weight(task, options.start, stage.recipe.gptq), task.grid, options)
         for task in tasks
     }
-    training = Training(block, roundings)
+    training = Training(block, roundings, autocast=options.autocast)
     training.measure()
     _train(training, options)
     training.measure()
