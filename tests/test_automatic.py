@@ -12,7 +12,7 @@ from bitwright import automatic, pipeline
 from bitwright.errors import RecipeError, VerificationError
 from bitwright.preflight import estimate
 from bitwright.preparation import model_sites, open_model
-from bitwright.recipe import Plan, Recipe, resolve
+from bitwright.recipe import Plan, Recipe, SitePlan, resolve
 from bitwright.records import read_jsonl
 from bitwright.schemes import Scheme
 
@@ -37,12 +37,16 @@ def tensors(run: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted((run / "4-model").glob("*.safetensors"))}
 
 
+def auto_records(run: Path) -> list[dict[str, Any]]:
+    return [record for record in read_jsonl(run / "5-records.jsonl") if record["kind"] == "auto"]
+
+
 def test_it_names_a_solver_and_the_reason_for_every_site(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
     result = pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "run")
     plan = Plan.load(tmp_path / "run" / "3-plan.yaml")
     assert {plan.sites[name].method for name in plan.quantized} <= {"rtn", "gptq"}
     assert all(plan.sites[name].reason.startswith("auto") for name in plan.quantized)
-    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    trials = auto_records(tmp_path / "run")
     assert {trial["composition"] for trial in trials} == {"rtn", "gptq"}
     assert {trial["block"] for trial in trials} == {"model.layers.0", "model.layers.1"}
     gptq = pipeline.quantize(tiny_llama_dir, recipe_of(text, "gptq"), tmp_path / "gptq")
@@ -75,32 +79,91 @@ def test_the_choice_takes_the_place_of_gptq_where_it_is_better(
     assert {plan.sites[name].method for name in plan.quantized} == {"rtn"}
 
 
+@pytest.mark.parametrize(
+    ("folder", "blocks"), [(automatic.BASELINE, 1), (automatic.BASELINE, 2), ("killed", 1), ("killed", 2)]
+)
 def test_a_killed_run_makes_the_same_choice(
-    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, blocks: int, tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Killed before a block of the baseline or of the choice is counted."""
     pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "whole")
     commit = automatic.RunDirectory.commit
 
-    def killed_after_the_first_block(run: automatic.RunDirectory, entry: dict[str, Any]) -> None:
-        if entry["completed_blocks"] > 1:
+    def killed(run: automatic.RunDirectory, entry: dict[str, Any]) -> None:
+        if run.path.name == folder and entry["completed_blocks"] >= blocks:
             raise KeyboardInterrupt
         commit(run, entry)
 
     with monkeypatch.context() as patch:
-        patch.setattr(automatic.RunDirectory, "commit", killed_after_the_first_block)
+        patch.setattr(automatic.RunDirectory, "commit", killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
-    chosen = json.loads((tmp_path / "killed" / "work" / automatic.CHOICE).read_text())
-    assert chosen["solvers"]
-    monkeypatch.setattr(automatic, "_Chooser", None)  # what is on disk must do
+    if folder == "killed":
+        assert json.loads((tmp_path / "killed" / "work" / automatic.CHOICE).read_text())["solvers"]
+        monkeypatch.setattr(automatic.Chooser, "_choose", None)  # what is on disk must do
+    result = pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
+    assert result.resumed_blocks == (blocks - 1 if folder == "killed" else 0)
+    assert tensors(tmp_path / "killed") == tensors(tmp_path / "whole")
+    assert auto_records(tmp_path / "killed") == auto_records(tmp_path / "whole")
+
+
+def test_a_run_killed_amid_its_trials_makes_the_same_choice(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "whole")
+
+    def kill(what: str, done: int, _total: int) -> None:
+        if (what, done) == ("auto", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed", progress=kill)
     pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
     assert tensors(tmp_path / "killed") == tensors(tmp_path / "whole")
+    assert auto_records(tmp_path / "killed") == auto_records(tmp_path / "whole")
+
+
+def test_candidates_are_tried_behind_a_quantized_prefix(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What enters the first block is the model's own, what enters the second has gone through GPTQ's first."""
+    distance: dict[int, float] = {}
+    attempt = automatic.Chooser._try
+
+    def watched(self: automatic.Chooser, text: str, recipe: Recipe, index: int, streams: Any, solvers: Any) -> Any:
+        cpu = torch.device("cpu")
+        for quantized, original in (("calibration", "teacher"), ("gate", "reference")):
+            count = len(streams[quantized])
+            assert count == len(streams[original]) == {"calibration": 6, "gate": 2}[quantized]
+            difference = streams[quantized].read(0, count, cpu) - streams[original].read(0, count, cpu)
+            distance[index] = float(difference.norm())
+        return attempt(self, text, recipe, index, streams, solvers)
+
+    monkeypatch.setattr(automatic.Chooser, "_try", watched)
+    pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "run")
+    assert distance[0] == 0
+    assert distance[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("schemes", "tried"),
+    [
+        (["W4A16-g32"], {"awq+gptq", "awq+gptaq"}),
+        (["W8A8"], {"smoothquant+gptq", "smoothquant+gptaq"}),
+        (["W4A16-g32", "W8A8"], {"awq+gptq", "awq+gptaq", "smoothquant+gptq", "smoothquant+gptaq"}),
+    ],
+)
+def test_what_is_tried_suits_the_scheme(schemes: list[str], tried: set[str]) -> None:
+    sites = {
+        scheme: SitePlan(scheme=Scheme.parse(scheme), group_size=32, method="auto", reason="") for scheme in schemes
+    }
+    assert {"gptq", "gptaq"} | tried == set(automatic.default_candidates(Plan(sites=sites)))
 
 
 def test_candidates_that_are_refused_are_recorded(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
     recipe = recipe_of(text, auto={"candidates": ["smoothquant", "gptq"]})
     pipeline.quantize(tiny_llama_dir, recipe, tmp_path / "run")
-    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    trials = auto_records(tmp_path / "run")
     assert [t["composition"] for t in trials if t["refused"]] == ["smoothquant"]
 
 
@@ -116,7 +179,7 @@ def test_what_cannot_be_tried_on_one_block_is_no_candidate(
     candidate: str, reason: str, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
     pipeline.quantize(tiny_llama_dir, recipe_of(text, auto={"candidates": [candidate, "rtn"]}), tmp_path / "run")
-    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    trials = auto_records(tmp_path / "run")
     refused = {trial["composition"]: trial["refused"] for trial in trials if trial["refused"]}
     assert re.search(reason, refused[candidate])
 
@@ -133,7 +196,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
 
     monkeypatch.setattr(automatic.Walk, "quantize_block", failing)
     pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "run")
-    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    trials = auto_records(tmp_path / "run")
     assert {t["composition"] for t in trials if t["refused"] == "scaling moved its output"} == {"rtn"}
 
 
@@ -156,24 +219,10 @@ def test_what_was_measured_for_the_whole_model_is_there_for_the_trials(
 def test_the_experts_of_a_stack_are_tried_as_one(tiny_moe_dir: Path, text: Path, tmp_path: Path) -> None:
     recipe = recipe_of(text, auto={"candidates": ["rtn", "gptq"], "sample": 1})
     pipeline.quantize(tiny_moe_dir, recipe, tmp_path / "run")
-    trials = [r for r in read_jsonl(tmp_path / "run" / "5-records.jsonl") if r["kind"] == "auto"]
+    trials = auto_records(tmp_path / "run")
     stacks = [{*trial["solvers"]} for trial in trials if any("experts" in name for name in trial["solvers"])]
     assert stacks
     assert all({"[0]", "[1]"} <= {name[-3:] for name in stack if "experts" in name} for stack in stacks)
-
-
-def test_a_run_killed_before_its_first_block_keeps_its_choice(
-    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(automatic.RunDirectory, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
-    monkeypatch.setattr(automatic, "_Chooser", None)
-    assert pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed").resumed_blocks == 0
 
 
 def test_its_rival_and_its_samples_are_part_of_the_estimate(tiny_llama_dir: Path) -> None:
@@ -182,7 +231,7 @@ def test_its_rival_and_its_samples_are_part_of_the_estimate(tiny_llama_dir: Path
     plans = (resolve(Recipe(scheme=Scheme.parse("W4A16-g32"), method=method), sites) for method in ("gptaq", "auto"))
     plain, auto = (estimate(model, sites, plan, 4, 2, 64, auto_blocks=2) for plan in plans)
     assert auto.model_bytes == plain.model_bytes
-    assert auto.work_bytes >= plain.work_bytes + plain.model_bytes + 2 * 4 * 64 * 64 * 4
+    assert auto.work_bytes >= plain.work_bytes + plain.model_bytes + 2 * 2 * 4 * 64 * 64 * 4
 
 
 def test_no_candidate_at_all_is_refused(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """The data-driven choice: try cheap compositions on a sample of blocks, pick per site, and keep GPTQ if nothing helps.
 
-1. On a few blocks spread over the depth every candidate quantizes the block, on three quarters of the calibration
-   windows; what counts is how far the block's output on the other windows is from that of the unquantized block.
-2. The transforms of the best composition are taken for the whole model, since they are a recipe's. Then the solvers of
+1. Plain GPTQ quantizes the whole model. What enters a few blocks spread over the depth is kept: hidden states that have
+   gone through a quantized prefix, as they will in the finished model.
+2. On these blocks every candidate quantizes the block, on three quarters of the calibration windows; what counts is how
+   far the block's output on the other windows is from that of the unquantized model. So a method that makes up for the
+   blocks before is seen to do so.
+3. The transforms of the best composition are taken for the whole model, since they are a recipe's. Then the solvers of
    the other candidates with these transforms are tried on one group of sites after the other; a group keeps a solver
    that lowers the block's error.
-3. A site of a block outside the sample takes the solver that its kind has on the nearest sampled block.
-4. The error of a block is not the loss of the model. So plain GPTQ quantizes the whole model as well, and the choice is
-   kept only where its divergence on the gate text is not above GPTQ's.
+4. A site of a block outside the sample takes the solver that its kind has on the nearest sampled block.
+5. The error of a block is not the loss of the model. So the choice is kept only where its divergence on the gate text
+   is not above GPTQ's.
 
 Shapes: N windows, T tokens, D hidden size.
 """
@@ -40,6 +43,9 @@ from bitwright.walk import FISHER, GUIDED, Walk, needs_gradients, needs_teacher
 
 BASELINE = "gptq"
 CHOICE = "auto.json"
+ENTERING = "auto-entering"
+WEIGHT_CANDIDATES = ("gptq", "gptaq", "awq+gptq", "awq+gptaq")
+INPUT_CANDIDATES = ("gptq", "gptaq", "smoothquant+gptq", "smoothquant+gptaq")
 HELD_OUT_FRACTION = 4
 """One of so many calibration windows judges the candidates."""
 
@@ -92,32 +98,12 @@ def is_automatic(plan: Plan) -> bool:
     return any(entry.method == AUTO for entry in plan.sites.values())
 
 
-def choose(job: Job, model: StreamedModel, work: Path, progress: Progress) -> tuple[Recipe, Plan]:
-    """Choose transforms and solvers for a job; a resumed run finds the choice in its work folder.
-
-    Args:
-        job: whose plan has sites with method auto.
-        model: what will be quantized.
-        work: the run's work folder.
-        progress: called with (what, done, total).
-    Returns:
-        the recipe with the chosen transforms, and the plan with a solver for every site.
-    """
-    choice = _known(work)
-    if choice is None:
-        folder = work / "auto"
-        shutil.rmtree(folder, ignore_errors=True)
-        choice = _Chooser(job, model, work_beside(work, folder / "trial"), progress).choose()
-        write_json_atomic(work / CHOICE, asdict(choice))
-        shutil.rmtree(folder)
-    recipe = replace(job.recipe, transforms=choice.transforms)
-    sites = {
-        name: entry if name not in choice.solvers else replace(
-            entry, method=choice.solvers[name][0], reason=choice.solvers[name][1]
-        )
-        for name, entry in job.plan.sites.items()
-    }  # fmt: skip
-    return recipe, Plan(sites=sites)
+def default_candidates(plan: Plan) -> tuple[str, ...]:
+    """Return what is tried unless the recipe says so: AWQ where only weights are quantized, SmoothQuant where inputs
+    are."""
+    schemes = [entry.scheme for entry in plan.sites.values() if entry.method == AUTO and entry.scheme is not None]
+    inputs = [scheme.activations is not None for scheme in schemes]
+    return tuple(dict.fromkeys((*WEIGHT_CANDIDATES * (not all(inputs)), *INPUT_CANDIDATES * any(inputs))))
 
 
 def trials(work: Path) -> tuple[Trial, ...]:
@@ -170,26 +156,65 @@ def adopt(baseline: RunDirectory, run: RunDirectory) -> None:
             file.replace(target / file.name)
 
 
-class _Chooser:
-    """Tries candidates on sampled blocks."""
+class Chooser:
+    """Chooses transforms and solvers for a job; a resumed run finds the choice in its work folder.
 
-    def __init__(self, job: Job, model: StreamedModel, run: RunDirectory, progress: Progress) -> None:
-        if job.calibration.shape[0] < 2:
+    Args:
+        job: whose plan has sites with method auto.
+        model: what will be quantized.
+        work: the run's work folder.
+        progress: called with (what, done, total).
+    Raises:
+        RecipeError: too few calibration windows, or no candidate that goes with the recipe.
+    """
+
+    def __init__(self, job: Job, model: StreamedModel, work: Path, progress: Progress) -> None:
+        count = job.calibration.shape[0]
+        if count < 2:
             raise RecipeError("auto needs calibration windows to judge on: at least 2. Give more, or name a method.")
-        self.job, self.model, self.run, self.progress = job, model, run, progress
-        self.folder = run.path.parent
+        self.job, self.model, self.work, self.progress = job, model, work, progress
         self.trials: list[Trial] = []
-        count = min(job.recipe.auto.sample, model.num_blocks)
+        sampled = min(job.recipe.auto.sample, model.num_blocks)
         last = model.num_blocks - 1
-        self.sample = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
-        num_held_out = max(1, job.calibration.shape[0] // HELD_OUT_FRACTION)
-        self.texts = {"calibration": job.calibration[:-num_held_out], "gate": job.calibration[-num_held_out:]}
+        self.sample = sorted({round(i * last / max(1, sampled - 1)) for i in range(sampled)})
+        tried_on = count - max(1, count // HELD_OUT_FRACTION)
+        self.windows = {"calibration": slice(0, tried_on), "gate": slice(tried_on, count)}
         self.structures: dict[int, BlockStructure] = {}
         self.done = 0
+        self.candidates = self._candidates()
+        if not self.candidates:
+            raise RecipeError(f"auto: no candidate works here; the first was refused: {self.trials[0].refused}")
 
-    def choose(self) -> Choice:
-        streams = dict(self._float_streams())
-        candidates = self._candidates()
+    def keep(self, index: int, streams: Mapping[str, Activations]) -> None:
+        """Keep the hidden states that enter a sampled block of the baseline, before it is quantized."""
+        if index in self.sample:
+            folder = self.work / ENTERING
+            folder.mkdir(exist_ok=True)
+            for name, windows in self.windows.items():
+                _copy(streams["calibration"], windows, folder / f"{name}-{index}.bin").sync()
+
+    def choose(self) -> Job:
+        """Return the job with the chosen transforms and a solver for every site; the baseline has run by now."""
+        choice = _known(self.work)
+        if choice is None:
+            folder = self.work / "auto"
+            shutil.rmtree(folder, ignore_errors=True)
+            self.run = work_beside(self.work, folder / "trial")
+            choice = self._choose()
+            write_json_atomic(self.work / CHOICE, asdict(choice))
+            for done in (folder, self.work / ENTERING):
+                shutil.rmtree(done)
+        sites = {
+            name: entry if name not in choice.solvers else replace(
+                entry, method=choice.solvers[name][0], reason=choice.solvers[name][1]
+            )
+            for name, entry in self.job.plan.sites.items()
+        }  # fmt: skip
+        return replace(self.job, recipe=replace(self.job.recipe, transforms=choice.transforms), plan=Plan(sites=sites))
+
+    def _choose(self) -> Choice:
+        streams = {index: {**self._entering(index, floats), **floats} for index, floats in self._float_streams()}
+        candidates = self.candidates
         errors: dict[str, dict[int, float]] = {}
         for text, composed in candidates.items():
             found = {index: self._try(text, composed, index, streams[index], {}) for index in self.sample}
@@ -211,7 +236,7 @@ class _Chooser:
     def _candidates(self) -> dict[str, Recipe]:
         """Compositions that go with the recipe's own transforms, its layout and its schemes, by name."""
         found: dict[str, Recipe] = {}
-        for text in self.job.recipe.auto.candidates:
+        for text in self.job.recipe.auto.candidates or default_candidates(self.job.plan):
             parts = compose(text)
             transforms = tuple(dict.fromkeys((*self.job.recipe.transforms, *parts.transforms)))
             recipe = replace(self.job.recipe, transforms=transforms, method=parts.method)
@@ -247,58 +272,77 @@ class _Chooser:
         }
         return Plan(sites=sites)
 
+    def _entering(self, index: int, floats: Mapping[str, Activations]) -> dict[str, Activations]:
+        """What `keep` has kept of the baseline."""
+        like = {"calibration": floats["teacher"], "gate": floats["reference"]}
+        return {
+            name: Activations(self.work / ENTERING / f"{name}-{index}.bin", store.shape, store.dtype)
+            for name, store in like.items()
+        }
+
     def _float_streams(self) -> Iterator[tuple[int, dict[str, Activations]]]:
         """Yield the hidden states of the unquantized model that enter each sampled block."""
-        current = {name: enter_all(self.model, ids, self.folder / f"{name}.bin") for name, ids in self.texts.items()}
+        folder = self.run.path.parent
+        whole = enter_all(self.model, self.job.calibration, folder / "float.bin")
         for index in range(max(self.sample) + 1):
             if index in self.sample:
-                kept = {name: self.folder / f"{name}-{index}.bin" for name in current}
-                for name, store in current.items():
-                    store.sync()
-                    shutil.copyfile(store.path, kept[name])
-                yield index, {name: Activations(kept[name], s.shape, s.dtype) for name, s in current.items()}
+                names = {"teacher": "calibration", "reference": "gate"}
+                yield (
+                    index,
+                    {
+                        name: _copy(whole, self.windows[part], folder / f"{name}-{index}.bin")
+                        for name, part in names.items()
+                    },
+                )
             with self.model.block(index) as block:
-                for store in current.values():
-                    self._run(block, index, store, store)
+                self._run(block, index, whole, whole)
 
     def _run(self, block: torch.nn.Module, index: int, source: Activations, target: Activations) -> None:
         for start, end in batch_slices(source.shape[0], source.shape[1]):
             target.write(start, self.model.run_block(block, index, source.read(start, end, self.model.device)))
 
     def _try(
-        self, text: str, recipe: Recipe, index: int, inputs: dict[str, Activations], solvers: dict[str, str]
+        self, text: str, recipe: Recipe, index: int, streams: dict[str, Activations], solvers: dict[str, str]
     ) -> float | None:
-        """Quantize one block and return the error of its output on the held-out windows; None where that cannot be."""
+        """Quantize one block and return the error of its output on the held-out windows; None where that cannot be.
+
+        Args:
+            text: the composition, as a recipe's method reads.
+            recipe: with it.
+            index: of the block.
+            streams: what enters it: `calibration` and `gate` after the baseline's blocks, and their like in the
+                unquantized model, `teacher` and `reference`.
+            solvers: of sites that have another one.
+        """
+        calibration = self.job.calibration
         walk = Walk(
-            self.model, self.run, recipe, self._plan(recipe, solvers), self.job.layouts, self.texts["calibration"],
-            self.texts["gate"], self.progress,
+            self.model, self.run, recipe, self._plan(recipe, solvers), self.job.layouts,
+            calibration[self.windows["calibration"]], calibration[self.windows["gate"]], self.progress,
         )  # fmt: skip
-        gate = inputs["gate"]
         outputs = {
-            name: Activations(self.folder / f"out-{name}.bin", store.shape, store.dtype)
-            for name, store in (("expected", gate), ("gate", gate), ("teacher", inputs["calibration"]))
+            name: Activations(self.run.path.parent / f"out-{name}.bin", streams[name].shape, streams[name].dtype)
+            for name in ("reference", "gate", "teacher")
         }
-        streams = {"gate": gate, "calibration": inputs["calibration"]}
-        if needs_teacher(walk.needs):
-            streams["teacher"] = inputs["calibration"]
+        unused = set() if needs_teacher(walk.needs) else {"teacher"}
         name = self.model.block_names[index]
         with self.model.block(index) as block:
-            self._run(block, index, gate, outputs["expected"])
+            self._run(block, index, streams["reference"], outputs["reference"])
+            given = {each: store for each, store in streams.items() if each not in unused}
             try:
-                stage, *_ = walk.quantize_block(block, index, streams, {"teacher": outputs["teacher"]})
+                stage, *_ = walk.quantize_block(block, index, given, outputs)
             except VerificationError as problem:
                 self._refuse(name, text, solvers, problem)
                 return None
             self.structures[index] = stage.structure
-            self._run(block, index, gate, outputs["gate"])
-        error = _relative_error(gate, outputs["expected"], outputs["gate"])
+            self._run(block, index, streams["gate"], outputs["gate"])
+        error = _relative_error(streams["reference"], outputs["reference"], outputs["gate"])
         self.trials.append(Trial(block=name, composition=text, solvers=solvers, error=error))
         self.done += 1
-        self.progress("auto", self.done, max(self.done + 1, len(self.job.recipe.auto.candidates) * len(self.sample)))
+        self.progress("auto", self.done, max(self.done + 1, len(self.candidates) * len(self.sample)))
         return error
 
     def _refine(
-        self, best: str, candidates: dict[str, Recipe], index: int, inputs: dict[str, Activations], error: float
+        self, best: str, candidates: dict[str, Recipe], index: int, streams: dict[str, Activations], error: float
     ) -> dict[str, tuple[str, float]]:
         """Let one group after the other try the other solvers; return site -> solver and the error it led to."""
         recipe = candidates[best]
@@ -310,7 +354,7 @@ class _Chooser:
         for members in self._tried_together(index):
             for solver in sorted(solvers):
                 mix = {name: picked for name, (picked, _) in chosen.items()} | dict.fromkeys(members, solver)
-                tried = self._try(best, recipe, index, inputs, mix)
+                tried = self._try(best, recipe, index, streams, mix)
                 if tried is not None and tried < error:
                     error = tried
                     chosen |= dict.fromkeys(members, (solver, tried))
@@ -348,6 +392,15 @@ class _Chooser:
                 against = f", {BASELINE} {errors[BASELINE][near]:.3g}" if BASELINE in errors else ""
                 result[name] = method, f"auto: {best} with {method} leaves error {error:.3g} {where}{against}"
         return result
+
+
+def _copy(source: Activations, windows: slice, path: Path) -> Activations:
+    """Copy some windows of a file of hidden states to another, batch by batch."""
+    count = windows.stop - windows.start
+    target = Activations(path, (count, *source.shape[1:]), source.dtype)
+    for start, end in batch_slices(count, source.shape[1]):
+        target.write(start, source.read(windows.start + start, windows.start + end, torch.device("cpu")))
+    return target
 
 
 def _relative_error(inputs: Activations, expected: Activations, found: Activations) -> float:

@@ -196,14 +196,19 @@ class LowRankOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoOptions:
-    """The data-driven choice: on how many blocks the candidates are tried, and which they are."""
+    """The data-driven choice.
+
+    Attributes:
+        sample: blocks on which the candidates are tried.
+        candidates: compositions; None for those that suit the scheme (`automatic.default_candidates`).
+    """
 
     sample: int = 3
-    candidates: tuple[str, ...] = ("gptq", "gptaq", "awq+gptq", "awq+gptaq")
+    candidates: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check(self.sample >= 1, "auto.sample", self.sample, "at least 1")
-        _check(bool(self.candidates), "auto.candidates", self.candidates, "at least one")
+        _check(self.candidates != (), "auto.candidates", self.candidates, "at least one")
 
 
 def _check(holds: bool, key: str, value: object, wanted: str) -> None:

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from torch import Tensor
 
-from bitwright.automatic import BASELINE, adopt, baseline_job, choose, gate_loss, is_automatic, work_beside
+from bitwright.automatic import BASELINE, Chooser, adopt, baseline_job, gate_loss, is_automatic, work_beside
 from bitwright.calibration.fisher import fisher_information
 from bitwright.calibration.output_gradients import output_gradients
 from bitwright.data.overlap import require_disjoint
@@ -21,6 +21,7 @@ from bitwright.evaluation.streamed import evaluate as evaluate_streamed
 from bitwright.exporters.registered import EXPORTERS
 from bitwright.inspection import Inspection, inspect_model
 from bitwright.methods.solvers import TRAINED_ELSEWHERE
+from bitwright.model.activations import Activations
 from bitwright.model.checkpoint import open_checkpoint
 from bitwright.model.stream import StreamedModel
 from bitwright.model.tensor_file import save_tensors_atomic
@@ -163,28 +164,33 @@ def _carry_out(
         given: GivenSites | None = None
         if trained is not None:
             model, given = trained.open(job.model), GivenSites(trained.sites)
-        baseline: Job | None = None
         _measure_output_gradients(job, model, run, trust_remote_code, progress)
-        if is_automatic(job.plan):
-            baseline = baseline_job(job)
-            recipe, plan = choose(job, model, run.work, progress)
-            job = replace(job, recipe=recipe, plan=plan)
         memory = PeakMemory()
+        rival: _Finished | None = None
+        if is_automatic(job.plan):
+            chooser, beside = Chooser(job, model, run.work, progress), work_beside(run.work, run.work / BASELINE)
+            walk = _walk(baseline_job(job), model, frame, beside, progress)
+            rival = _Finished(baseline_job(job), walk, *walk.execute(chooser.keep))
+            job = chooser.choose()
         walk = _walk(job, model, frame, run, progress, given)
-        gate, reference = walk.execute()
-        if baseline is not None:
-            other = work_beside(run.work, run.work / BASELINE)
-            rival = _walk(baseline, model, frame, other, progress)
-            rival_gate, rival_reference = rival.execute()
-            if gate_loss(baseline, rival, rival_gate, rival_reference) < gate_loss(job, walk, gate, reference):
-                adopt(other, run)
-                job, walk = baseline, _walk(baseline, model, frame, run, progress)
-                gate, reference = rival_gate, rival_reference
-        conclude(job, run, walk, gate, reference, time.perf_counter() - begun, memory)
+        best = _Finished(job, walk, *walk.execute())
+        if rival is not None and gate_loss(*rival) < gate_loss(*best):
+            adopt(rival.walk.run, run)
+            best = rival._replace(walk=_walk(rival.job, model, frame, run, progress))
+        conclude(best.job, run, best.walk, best.gate, best.reference, time.perf_counter() - begun, memory)
     except VerificationError as error:
         run.judge(str(error))
         raise
-    return walk.resumed_blocks
+    return best.walk.resumed_blocks
+
+
+class _Finished(NamedTuple):
+    """A walk that has reached the end, with the last hidden states of the gate's text in both models."""
+
+    job: Job
+    walk: Walk
+    gate: Activations
+    reference: Activations
 
 
 def _walk(

@@ -98,7 +98,7 @@ def estimate(
     num_hidden = 2 * (num_windows + 2 * num_gate) + num_windows + (2 * num_windows if needs_teacher(needs) else 0)
     num_hidden += num_windows if "cross" in needs else 0
     is_auto = any(entry.method == AUTO for entry in plan.sites.values())
-    num_hidden = 2 * num_hidden + auto_blocks * num_windows if is_auto else num_hidden
+    num_hidden = 2 * num_hidden + 2 * auto_blocks * num_windows if is_auto else num_hidden
     work = num_hidden * seqlen * hidden * model.dtype.itemsize
     if model.device.type == "cpu":
         widest = max((site.in_features for site in sites if plan.sites[site.name].scheme is not None), default=0)

@@ -44,6 +44,7 @@ from bitwright.records import write_json_atomic
 from bitwright.runs import RunDirectory
 from bitwright.train.given_sites import GivenSites
 
+Visit = Callable[[int, Mapping[str, Activations]], None]
 FISHER = "fisher.safetensors"
 GUIDED = "guided.safetensors"
 
@@ -111,12 +112,18 @@ class Walk:
         self.gatherer = Gatherer(recipe, plan, run.work / GUIDED)
         self.writer = ModelWriter(model.skeleton, run.model, model.num_blocks + 1, layouts)
 
-    def execute(self) -> tuple[Activations, Activations]:
-        """Quantize every block not yet done; return the gate's and the reference's last hidden states."""
+    def execute(self, visit: Visit | None = None) -> tuple[Activations, Activations]:
+        """Quantize every block not yet done; return the gate's and the reference's last hidden states.
+
+        Args:
+            visit: called with the index of every block and what enters it, before it is quantized.
+        """
         done = self.resumed_blocks
         self.progress("quantize", done, self.model.num_blocks)
         streams = self._enter() if done == 0 else self._reopen(done)
         for index in range(done, self.model.num_blocks):
+            if visit is not None:
+                visit(index, streams)
             streams = self._block(index, streams)
             self.run.commit({"completed_blocks": index + 1})
             self.progress("quantize", index + 1, self.model.num_blocks)
