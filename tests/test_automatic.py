@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitwright import automatic, pipeline
+from bitwright import automatic, chooser, pipeline
 from bitwright.errors import RecipeError, VerificationError
 from bitwright.preflight import estimate
 from bitwright.preparation import model_sites, open_model
@@ -100,7 +100,7 @@ def test_a_killed_run_makes_the_same_choice(
             pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
     if folder == "killed":
         assert json.loads((tmp_path / "killed" / "work" / automatic.CHOICE).read_text())["solvers"]
-        monkeypatch.setattr(automatic.Chooser, "_choose", None)  # what is on disk must do
+        monkeypatch.setattr(chooser.Chooser, "_choose", None)  # what is on disk must do
     result = pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "killed")
     assert result.resumed_blocks == (blocks - 1 if folder == "killed" else 0)
     assert tensors(tmp_path / "killed") == tensors(tmp_path / "whole")
@@ -128,9 +128,9 @@ def test_candidates_are_tried_behind_a_quantized_prefix(
 ) -> None:
     """What enters the first block is the model's own, what enters the second has gone through GPTQ's first."""
     distance: dict[int, float] = {}
-    attempt = automatic.Chooser._try
+    attempt = chooser.Chooser._try
 
-    def watched(self: automatic.Chooser, text: str, recipe: Recipe, index: int, streams: Any, solvers: Any) -> Any:
+    def watched(self: chooser.Chooser, text: str, recipe: Recipe, index: int, streams: Any, solvers: Any) -> Any:
         cpu = torch.device("cpu")
         for quantized, original in (("calibration", "teacher"), ("gate", "reference")):
             count = len(streams[quantized])
@@ -139,7 +139,7 @@ def test_candidates_are_tried_behind_a_quantized_prefix(
             distance[index] = float(difference.norm())
         return attempt(self, text, recipe, index, streams, solvers)
 
-    monkeypatch.setattr(automatic.Chooser, "_try", watched)
+    monkeypatch.setattr(chooser.Chooser, "_try", watched)
     pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "run")
     assert distance[0] == 0
     assert distance[1] > 0
@@ -157,7 +157,7 @@ def test_what_is_tried_suits_the_scheme(schemes: list[str], tried: set[str]) -> 
     sites = {
         scheme: SitePlan(scheme=Scheme.parse(scheme), group_size=32, method="auto", reason="") for scheme in schemes
     }
-    assert {"gptq", "gptaq"} | tried == set(automatic.default_candidates(Plan(sites=sites)))
+    assert {"gptq", "gptaq"} | tried == set(chooser.default_candidates(Plan(sites=sites)))
 
 
 def test_candidates_that_are_refused_are_recorded(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
@@ -187,14 +187,14 @@ def test_what_cannot_be_tried_on_one_block_is_no_candidate(
 def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
     tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize_block = automatic.Walk.quantize_block
+    quantize_block = chooser.Walk.quantize_block
 
-    def failing(walk: automatic.Walk, *args: Any) -> Any:
+    def failing(walk: chooser.Walk, *args: Any) -> Any:
         if walk.recipe.method == "rtn":
             raise VerificationError("scaling moved its output")
         return quantize_block(walk, *args)
 
-    monkeypatch.setattr(automatic.Walk, "quantize_block", failing)
+    monkeypatch.setattr(chooser.Walk, "quantize_block", failing)
     pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "run")
     trials = auto_records(tmp_path / "run")
     assert {t["composition"] for t in trials if t["refused"] == "scaling moved its output"} == {"rtn"}
@@ -216,7 +216,19 @@ def test_what_was_measured_for_the_whole_model_is_there_for_the_trials(
     assert result.failure is None
 
 
-def test_the_experts_of_a_stack_are_tried_as_one(tiny_moe_dir: Path, text: Path, tmp_path: Path) -> None:
+def test_a_solver_far_behind_is_not_tried_on_single_groups(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit, tried in ((1.0, False), (float("inf"), True)):
+        monkeypatch.setattr(chooser, "WORTH_A_TRIAL", limit)
+        pipeline.quantize(tiny_llama_dir, recipe_of(text), tmp_path / "run", fresh=True)
+        assert any(trial["solvers"] for trial in auto_records(tmp_path / "run")) == tried
+
+
+def test_the_experts_of_a_stack_are_tried_as_one(
+    tiny_moe_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chooser, "WORTH_A_TRIAL", float("inf"))
     recipe = recipe_of(text, auto={"candidates": ["rtn", "gptq"], "sample": 1})
     pipeline.quantize(tiny_moe_dir, recipe, tmp_path / "run")
     trials = auto_records(tmp_path / "run")
@@ -258,6 +270,6 @@ def test_the_error_is_relative_to_what_the_block_adds(tmp_path: Path) -> None:
 
     x = torch.randn(2, 3, 4)
     added, error = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    found = automatic._relative_error(store("x", x), store("y", x + added), store("z", x + added + error))
+    found = chooser._relative_error(store("x", x), store("y", x + added), store("z", x + added + error))
     expected = float(error.square().sum() / added.square().sum())
     assert found == pytest.approx(expected, rel=1e-4)  # float32 sums and differences of a few numbers

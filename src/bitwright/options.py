@@ -200,7 +200,7 @@ class AutoOptions:
 
     Attributes:
         sample: blocks on which the candidates are tried.
-        candidates: compositions; None for those that suit the scheme (`automatic.default_candidates`).
+        candidates: compositions; None for those that suit the scheme (`chooser.default_candidates`).
     """
 
     sample: int = 3

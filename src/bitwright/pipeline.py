@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
-from bitwright.automatic import BASELINE, Chooser, adopt, baseline_job, gate_loss, is_automatic, work_beside
+from bitwright.automatic import BASELINE, adopt, baseline_job, gate_loss, is_automatic, work_beside
 from bitwright.calibration.fisher import fisher_information
 from bitwright.calibration.output_gradients import output_gradients
+from bitwright.chooser import Chooser
 from bitwright.data.overlap import require_disjoint
 from bitwright.errors import CheckpointError, RecipeError, RunError, VerificationError
 from bitwright.evaluation.score import Score

@@ -243,7 +243,7 @@ TRAINED_ELSEWHERE = "trained"
 # Never asked to solve: `GroupSolver` takes the codes from where training left them.
 SOLVERS.register(TRAINED_ELSEWHERE, Solver(about="codes that `bitwright train` has found; not for quantize"))
 AUTO = "auto"
-# Never asked to solve: `automatic` puts another solver in its place before any block is quantized.
+# Never asked to solve: `chooser` puts another solver in its place before any block is quantized.
 SOLVERS.register(
     AUTO,
     Solver(
