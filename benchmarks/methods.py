@@ -1,7 +1,8 @@
 """Every method of ours and of every peer that installs, on one model, one set of calibration windows, one evaluator.
 
     python benchmarks/methods.py --name demo-model [--model DIR] [--calibration TEXT] [--text TEXT] [--samples 128]
-        [--seqlen 256] [--windows 64] [--threads 2] [--budgets W4A16-g128,...] [--ours ...] [--peers ...]
+        [--seqlen 256] [--windows 64] [--threads 2] [--dtype float32] [--budgets W4A16-g128,...] [--ours ...]
+        [--peers ...]
 
 Ours run through `bitwright bench`, each cell in its own process; peers through `benchmarks/peers/run.py`, each in its
 own environment, on the token ids that ours were calibrated on. Both are judged on the same windows by the same code,
@@ -56,7 +57,7 @@ def run_ours(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
                 found = run_bench(
                     args.model, work / "ours", schemes=[scheme], methods=wanted, text=args.text,
                     calibration=args.calibration, num_samples=args.samples, seqlen=args.seqlen, seed=args.seed,
-                    max_windows=args.windows, progress=progress,
+                    max_windows=args.windows, dtype=args.dtype, progress=progress,
                 )  # fmt: skip
                 print(f"{scheme}: {found.num_measured} cells measured", file=sys.stderr, flush=True)
                 cells = [r for r in found.records if r["kind"] == "cell" and r["scheme"] == canonical(scheme)]
@@ -160,6 +161,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dtype", default="float32", help="ours compute in; peers compute in the checkpoint's")
     parser.add_argument("--budgets", default=",".join(budget for budget in BUDGETS if budget not in GROUPS_OF_64))
     parser.add_argument("--ours", default="", help="methods; all unless given")
     parser.add_argument("--peers", default="", help="all unless given")
@@ -193,7 +195,7 @@ def main() -> None:
     circumstances = {
         "name": args.name, "calibration": Path(args.calibration).name, "text": Path(args.text).name,
         "samples": args.samples, "seqlen": args.seqlen, "windows": args.windows, "seed": args.seed,
-        "threads": args.threads, "known": args.known, "note": args.note,
+        "threads": args.threads, "dtype": args.dtype, "known": args.known, "note": args.note,
     }  # fmt: skip
     write_results("methods", circumstances, rows, page)
 

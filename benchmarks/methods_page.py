@@ -32,9 +32,9 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         f"{c['seqlen']} tokens of {c['calibration']} (seed {c['seed']}), the same ids for everybody. Judged on "
         f"{c['windows']} windows of {c['text']}: KL divergence from the original in nats per token ± standard error "
         "over windows. Bits per weight count scales and zero points as stored. Every cell is a process of its own. "
-        "Seconds and memory are of quantization, from the opened model and the token ids on: peers' without saving, "
-        "ours without following the gate's text. MB are the growth of the process's resident memory and, in "
-        "parentheses, its peak, most of which is libraries.",
+        f"Ours computed in {c['dtype']}, peers in the checkpoint's dtype. Seconds and memory are of quantization, from "
+        "the opened model and the token ids on: peers' without saving, ours without following the gate's text. MB are "
+        "the growth of the process's resident memory and, in parentheses, its peak, most of which is libraries.",
         *([f"\n{c['note']}"] if c.get("note") else []),
         *([UNFINISHED] if c["known"] else []),
         "",

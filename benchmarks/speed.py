@@ -1,7 +1,7 @@
 """CPU seconds of each stage of quantizing a model.
 
     python benchmarks/speed.py [--model DIR] [--scheme W4A16-g128] [--method gptq] [--calibration stdlib]
-        [--samples 128] [--seqlen 256] [--threads 1] [--repeat 1]
+        [--samples 128] [--seqlen 256] [--threads 1] [--repeat 1] [--dtype float32]
 
 CPU seconds of the process, unlike those of a clock, still mean something while other work shares the cores: with one
 thread within a tenth or so. Time within a stage that another stage takes is counted there only. With --repeat the
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", help="of products and hidden states")
     args = parser.parse_args()
 
     import torch
@@ -117,7 +118,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
     calibration = {"text": args.calibration, "num_samples": args.samples, "seqlen": args.seqlen}
     recipe = build_recipe(None, {"scheme": args.scheme, "method": args.method}, calibration)
     with tempfile.TemporaryDirectory(prefix="bitwright-") as work:
-        return pipeline.quantize(args.model or demo_model(), recipe, Path(work) / "run").results
+        return pipeline.quantize(args.model or demo_model(), recipe, Path(work) / "run", dtype=args.dtype).results
 
 
 if __name__ == "__main__":
