@@ -1,7 +1,7 @@
 """Every method of ours and of every peer that installs, on one model, one set of calibration windows, one evaluator.
 
     python benchmarks/methods.py --name demo-model [--model DIR] [--calibration TEXT] [--text TEXT] [--samples 128]
-        [--seqlen 256] [--windows 64] [--threads 2] [--dtype float32] [--budgets W4A16-g128,...] [--ours ...]
+        [--seqlen 256] [--windows 64] [--threads 2] [--dtype float32] [--alone] [--budgets W4A16-g128,...] [--ours ...]
         [--peers ...]
 
 Ours run through `bitwright bench`, each cell in its own process; peers through `benchmarks/peers/run.py`, each in its
@@ -169,6 +169,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only-peers", action="store_true", help="measure peers, write no page")
     parser.add_argument("--only-ours", action="store_true", help="measure ours, write no page")
     parser.add_argument("--known", action="store_true", help="measure nothing: a page of the cells that are finished")
+    parser.add_argument("--alone", action="store_true", help="nothing else runs: seconds count, threads wait actively")
     parser.add_argument("--note", default="", help="a paragraph for the page: how the machine was shared, say")
     parser.add_argument("--work", type=Path, help="build/methods-NAME unless given")
     args = parser.parse_args()
@@ -180,7 +181,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not args.alone:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to other work
     from methods_page import page
     from result_files import write_results
 
@@ -195,7 +197,7 @@ def main() -> None:
     circumstances = {
         "name": args.name, "calibration": Path(args.calibration).name, "text": Path(args.text).name,
         "samples": args.samples, "seqlen": args.seqlen, "windows": args.windows, "seed": args.seed,
-        "threads": args.threads, "dtype": args.dtype, "known": args.known, "note": args.note,
+        "threads": args.threads, "dtype": args.dtype, "alone": args.alone, "known": args.known, "note": args.note,
     }  # fmt: skip
     write_results("methods", circumstances, rows, page)
 

@@ -203,7 +203,7 @@ def process_environment(threads: int) -> dict[str, str]:
     count = str(threads)
     return {
         **mine, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
-        "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
     }  # fmt: skip
 
@@ -230,6 +230,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     given = parse()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # other work may share the cores
     split = lambda text: tuple(text.split(",")) if text else ()
     cells = all_cells(split(given.peers), schemes=split(given.schemes), methods=split(given.methods))
     if given.list:

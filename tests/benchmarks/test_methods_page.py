@@ -54,7 +54,7 @@ def test_differences_are_paired(pages: ModuleType) -> None:
 
 
 def test_a_page_has_a_table_per_budget_and_what_failed(pages: ModuleType) -> None:
-    circumstances = dict.fromkeys(("samples", "seqlen", "windows", "threads", "dtype", "seed"), 1) | {
+    circumstances = dict.fromkeys(("samples", "seqlen", "windows", "threads", "dtype", "alone", "seed"), 1) | {
         "name": "m", "date": "d", "machine": "c", "calibration": "a", "text": "b", "known": True,
     }  # fmt: skip
     failed = {"budget": "W3A16-g128", "by": "peer", "method": "awq", "scheme": "W3A16-g128", "error": "no\n GPU"}
