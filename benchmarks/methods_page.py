@@ -29,10 +29,10 @@ def page(circumstances: Row, rows: Sequence[Row]) -> str:
         "",
         f"`python benchmarks/methods.py --name {c['name']} --samples {c['samples']} --seqlen {c['seqlen']} "
         f"--windows {c['windows']} --threads {c['threads']}{' --alone' if c['alone'] else ''}` on {c['machine']}. "
-        f"Calibration: {c['samples']} windows of {c['seqlen']} tokens of {c['calibration']} (seed {c['seed']}), the same "
-        f"ids for everybody. Judged on {c['windows']} windows of {c['text']}: KL divergence from the original in nats per "
-        "token ± standard error over windows. Bits per weight count scales and zero points as stored. Every cell is a "
-        "process of its own. "
+        f"Calibration: {c['samples']} windows of {c['seqlen']} tokens of {c['calibration']} (seed {c['seed']}), the "
+        f"same ids for everybody. Judged on {c['windows']} windows of {c['text']}: KL divergence from the original in "
+        "nats per token ± standard error over windows. Bits per weight count scales and zero points as stored. Every "
+        "cell is a process of its own. "
         f"Ours computed in {c['dtype']}, peers in the checkpoint's dtype. Seconds and memory are of quantization, from "
         "the opened model and the token ids on: peers' without saving, ours without following the gate's text. MB are "
         "the growth of the process's resident memory and, in parentheses, its peak, most of which is libraries.",
