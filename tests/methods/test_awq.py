@@ -14,6 +14,7 @@ from bitwright.methods import scaling
 from bitwright.methods.awq import awq, awq_scale
 from bitwright.methods.scaling import fold_all, parent_of, scalable_groups, sites_loss
 from bitwright.methods.stage import BlockStage
+from bitwright.numerics.inputs import InputTransform
 from bitwright.recipe import Recipe
 
 OpenStage = Callable[..., AbstractContextManager[BlockStage]]
@@ -114,6 +115,16 @@ def test_explicit_scales_reach_sites_without_an_edge(open_stage: OpenStage, monk
         for name, transform in stage.input_transforms.items():
             assert transform.scale is not None
             assert transform.scale.shape == (stage.sites[name].in_features,)
+
+
+def test_explicit_scales_that_change_the_function_are_refused(
+    open_stage: OpenStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_stage("gemma2", recipe(awq={"explicit": True}), outliers=16.0) as stage:
+        monkeypatch.setattr(scaling, "_scales_rows_freely", lambda _stage, edge: edge.kind == "norm")
+        monkeypatch.setattr(InputTransform, "to_weight", lambda _self, weight: weight)  # the weights forget the scale
+        with pytest.raises(VerificationError, match="scaling moved its output"):
+            awq(stage)
 
 
 def test_explicit_needs_our_layout(tiny_llama_dir: Path, tmp_path: Path, tiny_text: str) -> None:

@@ -42,6 +42,8 @@ def test_columns_above_the_threshold(open_stage: OpenStage) -> None:
     first = next(note for note in stage.notes if note["sites"][0].endswith("q_proj"))
     assert first["float_columns"] == outliers
     assert first["peak"] > 6.0
+    assert all(0 <= note["invariance"] < 1e-5 for note in stage.notes)
+    assert first["invariance"] > 0, "products were computed in two parts"
 
 
 def test_no_column_is_above_a_high_threshold(open_stage: OpenStage) -> None:

@@ -7,8 +7,10 @@ the scales of a token, or a calibrated range, are those of the ordinary channels
 Shapes: I in features, k columns that stay floats.
 """
 
+from bitwright.methods.invariance import output_of
 from bitwright.methods.scaling import observe_planned
 from bitwright.methods.stage import BlockStage
+from bitwright.numerics.metrics import relative_error
 from bitwright.recipe import Recipe, SitePlan
 
 
@@ -18,6 +20,7 @@ def llm_int8(stage: BlockStage) -> None:
     Reference:
         Dettmers et al., LLM.int8(), arXiv:2208.07339. Differs: the columns are found on calibration text, not per call.
     """
+    before = output_of(stage)
     for group in observe_planned(stage):
         assert group.seen.peak is not None
         index = (group.seen.peak > stage.recipe.llm_int8.threshold).nonzero().flatten()
@@ -29,6 +32,7 @@ def llm_int8(stage: BlockStage) -> None:
                 "sites": list(group.names),
                 "float_columns": index.tolist(),
                 "peak": float(group.seen.peak.max()),
+                "invariance": relative_error(before, output_of(stage, group.names)),
             }
         )
 

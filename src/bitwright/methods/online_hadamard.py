@@ -12,16 +12,11 @@ Reference: QuaRot, arXiv:2404.00456, section 4 (R4). Blocks for microscaling for
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
-
-from torch import Tensor
-from torch.nn import functional
 
 from bitwright.errors import RecipeError
+from bitwright.methods.invariance import output_of
 from bitwright.methods.stage import BlockStage
-from bitwright.model.products import Product, ReplacedProducts
-from bitwright.model.proof import in_float32
-from bitwright.model.sites import Site, StorageKey, storage_key, weight_view
+from bitwright.model.sites import Site
 from bitwright.numerics.hadamard import largest_hadamard_factor
 from bitwright.numerics.inputs import InputTransform
 from bitwright.numerics.metrics import relative_error
@@ -53,13 +48,14 @@ def rotate_inputs(stage: BlockStage, groups: Iterable[tuple[str, ...]], *, trans
             continue
         size = block_size(stage.sites[members[0]], stage.recipe)
         change = replace(stage.input_transforms.get(members[0], InputTransform()), hadamard=size)
+        before = output_of(stage)
         stage.input_transforms.update(dict.fromkeys(members, change))
         stage.notes.append(
             {
                 "transform": transform,
                 "what": f"inputs rotated at inference, blocks of {size}",
                 "sites": list(members),
-                "invariance": _invariance(stage, members, change),
+                "invariance": relative_error(before, output_of(stage, members)),
             }
         )
 
@@ -79,21 +75,3 @@ def block_size(site: Site, recipe: Recipe) -> int:
             f"Leave rotation.block out, which takes {largest_hadamard_factor(width)}."
         )
     return block
-
-
-def _invariance(stage: BlockStage, members: Iterable[str], change: InputTransform) -> float:
-    """Relative movement of the block's output, in float32, when the products are computed on rotated inputs."""
-    with in_float32(stage.block):
-        before = stage.probe().float()
-        products: dict[StorageKey, Product] = {}
-        for name in members:
-            view = weight_view(stage.block, stage.sites[name], stage.name)
-            products[storage_key(view)] = partial(_rotated_product, change, change.to_weight(view))
-        with ReplacedProducts(products):
-            after = stage.probe().float()
-    return relative_error(before, after)
-
-
-def _rotated_product(change: InputTransform, weight: Tensor, x: Tensor, added: Tensor | None) -> Tensor:
-    product = functional.linear(change.apply(x), weight)
-    return product if added is None else product + added

@@ -26,12 +26,14 @@ from torch.nn import functional
 
 from bitwright.calibration.collect import SiteStats, observer_of
 from bitwright.errors import VerificationError
+from bitwright.methods.invariance import output_of
 from bitwright.methods.stage import BlockStage
 from bitwright.model.products import Product, ReplacedProducts
 from bitwright.model.proof import in_float32
 from bitwright.model.sites import Site, SiteCalls, storage_key, weight_view
 from bitwright.model.structure import Edge
 from bitwright.numerics.inputs import InputTransform
+from bitwright.numerics.metrics import relative_error
 from bitwright.numerics.ranges import quick
 
 OBSERVED_BYTES = 1_000_000_000
@@ -156,17 +158,15 @@ def fold_all(stage: BlockStage, chosen: list[tuple[ScalableGroup, Tensor]]) -> f
     """
     if not chosen:
         return 0.0
-    with in_float32(stage.block):
-        before = stage.probe()
+    before, explicit = output_of(stage), list[str]()
     for group, scale in chosen:
         if group.edge is not None:
             stage.fold(group.edge, 1 / scale)
             continue
         columns = group.per_column(scale)
         stage.input_transforms.update(dict.fromkeys(group.names, InputTransform(scale=columns)))
-    with in_float32(stage.block):
-        after = stage.probe()
-    moved = float((after - before).double().norm() / before.double().norm())
+        explicit += group.names
+    moved = relative_error(before, output_of(stage, explicit))
     bound = _bound(stage)
     if not moved <= bound:
         raise VerificationError(
