@@ -175,14 +175,9 @@ class Chooser:
         whole = enter_all(self.model, self.job.calibration, folder / "float.bin")
         for index in range(max(self.sample) + 1):
             if index in self.sample:
-                names = {"teacher": "calibration", "reference": "gate"}
-                yield (
-                    index,
-                    {
-                        name: _copy(whole, self.windows[part], folder / f"{name}-{index}.bin")
-                        for name, part in names.items()
-                    },
-                )
+                teacher = _copy(whole, self.windows["calibration"], folder / f"teacher-{index}.bin")
+                reference = _copy(whole, self.windows["gate"], folder / f"reference-{index}.bin")
+                yield index, {"teacher": teacher, "reference": reference}
             with self.model.block(index) as block:
                 self._run(block, index, whole, whole)
 
@@ -308,8 +303,7 @@ def _relative_error(inputs: Activations, expected: Activations, found: Activatio
 
 
 def default_candidates(plan: Plan) -> tuple[str, ...]:
-    """Return what is tried unless the recipe says so: AWQ where only weights are quantized, SmoothQuant where inputs
-    are."""
+    """Return what is tried unless the recipe says so: with AWQ for weights alone, with SmoothQuant for inputs too."""
     schemes = [entry.scheme for entry in plan.sites.values() if entry.method == AUTO and entry.scheme is not None]
     inputs = [scheme.activations is not None for scheme in schemes]
     return tuple(dict.fromkeys((*WEIGHT_CANDIDATES * (not all(inputs)), *INPUT_CANDIDATES * any(inputs))))

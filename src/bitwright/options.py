@@ -130,8 +130,8 @@ class SignRoundOptions:
         drop: share of the largest output errors that the loss leaves out (SignRound V2).
         importance: start on ranges searched under mean square inputs (SignRound V2), not on ranges that cover all.
         start: whose codes to start from.
-        autocast: compute the block's products in bfloat16 while training; None: where the device has instructions for
-            them. Losses that decide are measured without.
+        autocast: compute the block's products in bfloat16 while training; None: in place of float32, where the device
+            has instructions for them. Losses that decide are measured without.
     """
 
     preset: Preset = "default"

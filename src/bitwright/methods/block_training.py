@@ -129,12 +129,15 @@ class Training(Generic[LearnedT]):
     Args:
         block: what is trained.
         sites: site name -> its parameters.
-        autocast: whether steps compute products in bfloat16; None: where the device has instructions for them.
+        autocast: whether steps compute products in bfloat16; None: of a float32 block, where the device has
+            instructions for them.
     """
 
     def __init__(self, block: TrainedBlock, sites: Mapping[str, LearnedT], *, autocast: bool | None) -> None:
         self.block, self.sites = block, sites
-        self.autocast = multiplies_bfloat16(block.stage.model.device) if autocast is None else autocast
+        model = block.stage.model
+        suits = model.dtype == torch.float32 and multiplies_bfloat16(model.device)
+        self.autocast = suits if autocast is None else autocast
         self.losses: list[float] = []
         self._best: dict[str, QTensor] = {}
 
