@@ -30,8 +30,8 @@ class Trial:
         block: name of the block.
         composition: as a recipe's method reads.
         solvers: where single groups have another solver: leader of the group -> solver.
-        error: squared distance of the block's output, behind quantized blocks, from the unquantized model's, relative to
-            what the block adds.
+        error: squared distance of the block's output, behind quantized blocks, from the unquantized model's, relative
+            to what the block adds.
         refused: why it could not be tried.
     """
 
