@@ -169,7 +169,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only-peers", action="store_true", help="measure peers, write no page")
     parser.add_argument("--only-ours", action="store_true", help="measure ours, write no page")
     parser.add_argument("--known", action="store_true", help="measure nothing: a page of the cells that are finished")
-    parser.add_argument("--alone", action="store_true", help="nothing else runs: seconds count, threads wait actively")
+    parser.add_argument("--alone", action="store_true", help="nothing else runs: OpenMP waits as it does by default")
     parser.add_argument("--note", default="", help="a paragraph for the page: how the machine was shared, say")
     parser.add_argument("--work", type=Path, help="build/methods-NAME unless given")
     args = parser.parse_args()

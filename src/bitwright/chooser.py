@@ -109,9 +109,9 @@ class Chooser:
         errors: dict[str, dict[int, float]] = {}
         for text, composed in candidates.items():
             found = {index: self._try(text, composed, index, streams[index], {}) for index in self.sample}
-            known = {index: error for index, error in found.items() if error is not None}
-            if len(known) == len(found):
-                errors[text] = known
+            worked = {index: error for index, error in found.items() if error is not None}
+            if len(worked) == len(found):
+                errors[text] = worked
         if not errors:
             raise RecipeError(f"auto: no candidate works here; the first was refused: {self.trials[0].refused}")
         best = min(errors, key=lambda text: sum(errors[text].values()))

@@ -169,9 +169,9 @@ def _carry_out(
         memory = PeakMemory()
         rival: _Finished | None = None
         if is_automatic(job.plan):
-            chooser, beside = Chooser(job, model, run.work, progress), work_beside(run.work, run.work / BASELINE)
-            walk = _walk(baseline_job(job), model, frame, beside, progress)
-            rival = _Finished(baseline_job(job), walk, *walk.execute(chooser.keep))
+            chooser, baseline = Chooser(job, model, run.work, progress), baseline_job(job)
+            walk = _walk(baseline, model, frame, work_beside(run.work, run.work / BASELINE), progress)
+            rival = _Finished(baseline, walk, *walk.execute(chooser.keep))
             job = chooser.choose()
         walk = _walk(job, model, frame, run, progress, given)
         best = _Finished(job, walk, *walk.execute())

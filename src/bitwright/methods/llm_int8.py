@@ -32,7 +32,7 @@ def llm_int8(stage: BlockStage) -> None:
                 "sites": list(group.names),
                 "float_columns": index.tolist(),
                 "peak": float(group.seen.peak.max()),
-                "invariance": relative_error(before, output_of(stage, group.names)),
+                "invariance": relative_error(before, output_of(stage, group.names)) if index.numel() else 0.0,
             }
         )
 

@@ -42,13 +42,13 @@ def rotate_inputs(stage: BlockStage, groups: Iterable[tuple[str, ...]], *, trans
     Raises:
         RecipeError: blocks of the size asked for do not divide a row.
     """
+    before = output_of(stage)
     for group in groups:
         members = tuple(name for name in group if stage.planned(name) is not None)
         if not members:
             continue
         size = block_size(stage.sites[members[0]], stage.recipe)
         change = replace(stage.input_transforms.get(members[0], InputTransform()), hadamard=size)
-        before = output_of(stage)
         stage.input_transforms.update(dict.fromkeys(members, change))
         stage.notes.append(
             {
